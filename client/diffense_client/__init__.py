@@ -1,0 +1,15 @@
+"""Clients of a guarded classifier on Triton: predictions with a verdict on each input.
+
+::
+
+    with GuardClient("localhost:8001", "digits_guarded") as client:
+        prediction = client.infer(images)  # (N, H, W, C) uint8
+        prediction.outputs["logits"], prediction.flagged
+"""
+
+from diffense_client._aio import AsyncGuardClient
+from diffense_client._client import GuardClient
+from diffense_client._core import GuardedPrediction
+from diffense_client._model import ServedModel
+
+__all__ = ["AsyncGuardClient", "GuardClient", "GuardedPrediction", "ServedModel"]

@@ -1,0 +1,143 @@
+"""gRPC transports over tritonclient, whose exceptions end here."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from diffense.errors import ClientError, ServerError
+from diffense_client._core import Answer, Request
+from diffense_client._failures import classify_grpc, describe_failure
+
+PROBE_S: Final = 1.0
+# A server that comes back is found again within a second (gRPC's own limit is two minutes).
+CHANNEL: Final = [
+    ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class GrpcTransport:
+    """Blocking gRPC; one channel, which threads may share."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = triton.InferenceServerClient(address, channel_args=CHANNEL)
+
+    def fetch_config(self, model: str, timeout_s: float) -> Mapping[str, Any]:
+        """Return Triton's model configuration in its JSON form."""
+        return _read_config(self._call("get_model_config", repr(model), timeout_s, model, as_json=True))
+
+    def infer(self, request: Request, timeout_s: float) -> Answer:
+        """Send a request and read its answer."""
+        return _read_answer(request, self._call("infer", str(request), timeout_s, **_describe(request, timeout_s)))
+
+    def register(self, region: str, byte_size: int, timeout_s: float) -> None:
+        """Tell the server to map a region of system shared memory; its name is also its key."""
+        self._call("register_system_shared_memory", "shared memory", timeout_s, region, region, byte_size)
+
+    def unregister(self, region: str, timeout_s: float) -> None:
+        """Tell the server to let go of a region."""
+        self._call("unregister_system_shared_memory", "shared memory", timeout_s, region)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._client.close()
+
+    def _call(self, method: str, subject: str, timeout_s: float, *values: Any, **more: Any) -> Any:
+        try:
+            return getattr(self._client, method)(*values, client_timeout=timeout_s, **more)
+        except InferenceServerException as error:
+            reachable = _code(error) != "UNAVAILABLE" or self._is_live(timeout_s)
+            raise _explain(error, self._address, subject, reachable=reachable) from error
+
+    def _is_live(self, timeout_s: float) -> bool:
+        """A channel without connection and a busy server give the same status; only asking again tells them apart."""
+        try:
+            return bool(self._client.is_server_live(client_timeout=min(PROBE_S, timeout_s)))
+        except InferenceServerException:
+            return False
+
+
+class AsyncGrpcTransport:
+    """gRPC for asyncio."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = triton_aio.InferenceServerClient(address, channel_args=CHANNEL)
+
+    async def fetch_config(self, model: str, timeout_s: float) -> Mapping[str, Any]:
+        """Return Triton's model configuration in its JSON form."""
+        return _read_config(await self._call("get_model_config", repr(model), timeout_s, model, as_json=True))
+
+    async def infer(self, request: Request, timeout_s: float) -> Answer:
+        """Send a request and read its answer."""
+        call = self._call("infer", str(request), timeout_s, **_describe(request, timeout_s))
+        return _read_answer(request, await call)
+
+    async def register(self, region: str, byte_size: int, timeout_s: float) -> None:
+        """Tell the server to map a region of system shared memory; its name is also its key."""
+        await self._call("register_system_shared_memory", "shared memory", timeout_s, region, region, byte_size)
+
+    async def unregister(self, region: str, timeout_s: float) -> None:
+        """Tell the server to let go of a region."""
+        await self._call("unregister_system_shared_memory", "shared memory", timeout_s, region)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._client.close()
+
+    async def _call(self, method: str, subject: str, timeout_s: float, *values: Any, **more: Any) -> Any:
+        try:
+            return await getattr(self._client, method)(*values, client_timeout=timeout_s, **more)
+        except InferenceServerException as error:
+            reachable = _code(error) != "UNAVAILABLE" or await self._is_live(timeout_s)
+            raise _explain(error, self._address, subject, reachable=reachable) from error
+
+    async def _is_live(self, timeout_s: float) -> bool:
+        try:
+            return bool(await self._client.is_server_live(client_timeout=min(PROBE_S, timeout_s)))
+        except InferenceServerException:
+            return False
+
+
+def _describe(request: Request, timeout_s: float) -> dict[str, Any]:
+    tensor = triton.InferInput(request.input_name, list(request.tensor.shape), request.datatype)
+    if request.region is None:
+        tensor.set_data_from_numpy(request.tensor)
+    else:
+        tensor.set_shared_memory(request.region, request.tensor.nbytes)
+    return {
+        "model_name": request.model,
+        "inputs": [tensor],
+        "outputs": [triton.InferRequestedOutput(name) for name in request.outputs],
+        "request_id": request.request_id,
+        "timeout": int(timeout_s * 1e6),  # microseconds; the server can stop work that nobody waits for
+    }
+
+
+def _read_config(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = message["config"]
+    return config
+
+
+def _read_answer(request: Request, result: Any) -> Answer:
+    try:
+        arrays = {name: result.as_numpy(name) for name in request.outputs}
+    except (ValueError, TypeError) as error:
+        raise ServerError(f"the answer to {request} cannot be read: {error}") from error
+    return Answer(result.get_response().id, {name: array for name, array in arrays.items() if array is not None})
+
+
+def _code(error: InferenceServerException) -> str:
+    return str(error.status()).removeprefix("StatusCode.")
+
+
+def _explain(error: InferenceServerException, address: str, subject: str, *, reachable: bool) -> ClientError:
+    kind = classify_grpc(_code(error), reachable=reachable)
+    return kind(describe_failure(kind, "grpc", address, subject, error.message() or ""))

@@ -1,0 +1,102 @@
+"""Writing a guard bundle: into a temporary sibling folder first, then moved into place."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.calibration import bound_false_alarms, check_alpha
+from diffense.errors import BundleError
+from diffense.guard import Guard
+from diffense.manifest import Manifest, hash_file, write_manifest
+from diffense.names import ARRAYS_FILE, MANIFEST_FILE
+from diffense.scorer import Scorer, pack_scorer
+
+
+@contextmanager
+def write_bundle(directory: Path) -> Iterator[Path]:
+    """Give a temporary sibling folder to write a bundle into, and move it into place when the block ends without an error.
+
+    An older bundle in that place is replaced; a folder that is no bundle is left alone.
+
+    Raises:
+        BundleError: something else than a bundle stands there, or the place cannot be written.
+    """
+    directory = directory.absolute()
+    if (
+        directory.exists()
+        and not (directory / MANIFEST_FILE).is_file()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise BundleError(f"{directory} exists and is no guard bundle; choose another place or remove it")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise BundleError(f"{directory} cannot be written: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
+            directory.rename(old / directory.name)
+            partial.rename(directory)
+            shutil.rmtree(old)
+        else:
+            partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_scorer(folder: Path, scorer: Scorer, manifest: Manifest) -> Manifest:
+    """Write the arrays, and the manifest with the hashes of all files."""
+    (folder / ARRAYS_FILE).write_bytes(pack_scorer(scorer))
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".onnx", ".data", ".safetensors"))
+    manifest = manifest.model_copy(update={"files": {name: hash_file(folder / name) for name in names}})
+    write_manifest(manifest, folder)
+    return manifest
+
+
+def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> None:
+    """Calibrate the bundle in `folder`, in place, with clean images that were used for nothing else.
+
+    The scores come from the bundle as it will be loaded, so that later ones compare with them exactly.
+
+    Raises:
+        TooFewImagesError: alpha is below ``1 / (n + 1)``.
+        OptionError: alpha is not between 0 and 1.
+        ImageError: images of a wrong size.
+    """
+    check_alpha(alpha, len(images))
+    guard = Guard.load(folder)
+    scorer = replace(guard.scorer, calibration=np.sort(guard.score(images).scores))
+    changes = {
+        "alpha": alpha,
+        "calibration_size": len(images),
+        "false_alarm_interval": bound_false_alarms(len(images), alpha),
+    }
+    write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))
+
+
+def recalibrate(guard: Guard, images: NDArray[np.uint8], alpha: float, out: Path) -> Guard:
+    """Copy a guard to `out` (or over itself) with a new calibration and nothing refitted.
+
+    Raises:
+        TooFewImagesError, OptionError, ImageError: as `calibrate_bundle`.
+        BundleError: `out` cannot be written.
+    """
+    with write_bundle(out) as folder:
+        for name in (*guard.manifest.files, MANIFEST_FILE):
+            shutil.copyfile(guard.directory / name, folder / name)
+        calibrate_bundle(folder, images, alpha)
+    return Guard.load(out)

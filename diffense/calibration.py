@@ -1,0 +1,70 @@
+"""Split conformal p-values, the threshold that belongs to alpha, and how sure the realised false-alarm rate is."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.errors import OptionError, TooFewImagesError
+
+
+def rank_p_values(calibration: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """``(1 + #{calibration >= s}) / (n + 1)``; ties count against the input.
+
+    Args:
+        calibration: (n,) ascending scores of clean images that were used for nothing else.
+        scores: (N,), higher = more suspicious.
+
+    Returns:
+        (N,) float64 in [1 / (n + 1), 1], lower = more suspicious.
+    """
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return np.asarray((1.0 + at_least) / (len(calibration) + 1.0), dtype=np.float64)
+
+
+def needed_images(alpha: float) -> int:
+    """Fewest calibration images for which ``p <= alpha`` can happen: the least n with ``1 / (n + 1) <= alpha``."""
+    return math.ceil(round(1.0 / alpha, 9)) - 1
+
+
+def check_alpha(alpha: float, calibration_size: int) -> None:
+    """Refuse an alpha that no input could reach.
+
+    Raises:
+        OptionError: alpha is not between 0 and 1.
+        TooFewImagesError: alpha is below ``1 / (n + 1)``.
+    """
+    if not 0.0 < alpha < 1.0:
+        raise OptionError(f"alpha is {alpha}, it must lie between 0 and 1: it is the false-alarm rate you accept")
+    if calibration_size < needed_images(alpha):
+        raise TooFewImagesError(
+            f"alpha {alpha:g} needs {needed_images(alpha)} calibration images, there are {calibration_size}; give more clean "
+            f"images or an alpha of at least {math.ceil(1e4 / (calibration_size + 1)) / 1e4:g}"
+        )
+
+
+def find_threshold(calibration: NDArray[np.float32], alpha: float) -> float:
+    """Give the largest score that still passes at alpha: an input is flagged when its score is *above* this one.
+
+    Args:
+        calibration: (n,) ascending scores.
+        alpha: false-alarm rate, at least ``1 / (n + 1)``.
+    """
+    allowed = math.floor(alpha * (len(calibration) + 1) + 1e-9) - 1  # calibration scores that may lie at or above
+    return float(calibration[len(calibration) - 1 - allowed])
+
+
+def bound_false_alarms(calibration_size: int, alpha: float, confidence: float = 0.9) -> tuple[float, float]:
+    """Give the central interval of the realised false-alarm rate over draws of the calibration set.
+
+    With continuous scores the rate is Beta(k, n + 1 - k), ``k = floor(alpha (n + 1))`` (Vovk 2012, arXiv 1209.2673).
+
+    Returns:
+        Lower and upper end, as rates.
+    """
+    from scipy.stats import beta
+
+    k = math.floor(alpha * (calibration_size + 1) + 1e-9)
+    tail = (1.0 - confidence) / 2.0
+    low, high = beta.ppf([tail, 1.0 - tail], k, calibration_size + 1 - k)
+    return float(low), float(high)

@@ -1,0 +1,94 @@
+"""The linear part in closed form: each tap from the label and the shallower taps, and what is left over.
+
+All statistics are float64. W = K d entries: K taps of width d each; a tap with fewer usable directions is padded with zeros.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``innovation = residual @ transform``.
+
+    Attributes:
+        transform: (W, W), block upper triangular; columns of tap k read the rows of taps 0..k.
+        basis: K arrays (d_k, d_k), eigenvectors of the error covariance, columns by rising variance.
+    """
+
+    transform: Matrix
+    basis: tuple[Matrix, ...]
+
+
+def shrink_covariance(centred: Matrix) -> Matrix:
+    """Ledoit–Wolf covariance of rows that are already centred, (n, p) -> (p, p).
+
+    Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices", lemma 3.4; the estimate
+    turns with the data under an orthogonal map.
+    """
+    n, p = centred.shape
+    sample = centred.T @ centred / n
+    scale = np.trace(sample) / p
+    spread = np.sum((sample - scale * np.eye(p)) ** 2)
+    norms = np.sum(centred**2, axis=1)
+    noise = (np.sum(norms**2) / n - np.sum(sample**2)) / n
+    weight = min(1.0, noise / spread) if spread > 0.0 else 1.0
+    return np.asarray((1.0 - weight) * sample + weight * scale * np.eye(p))
+
+
+def fit_chain(
+    residual: Matrix,
+    width: int,
+    used: NDArray[np.bool_],
+    sigma: float,
+    basis: tuple[Matrix, ...] | None = None,
+) -> Chain:
+    """Fit the chain on clean residuals.
+
+    Tap k is guessed from the shallower taps o, seen at noise sigma: ``B = C_ko (C_oo + sigma^2 I)^-1``; its error has the
+    covariance ``V = C_kk - B C_ok``, and the innovation is ``E' V^(-1/2) (r_k - B r_o)`` with V's eigenvectors E.
+
+    Args:
+        residual: (n, W) clean latents minus their guided mean.
+        width: d.
+        used: (W,) False where an entry is padding.
+        sigma: noise at which the shallower taps are seen, > 0.
+        basis: eigenvectors of another chain to turn into, so that folds of one data set share their directions.
+
+    Returns:
+        The chain; innovations of the fitted rows have about unit variance.
+    """
+    size = residual.shape[1]
+    covariance = np.zeros((size, size))
+    covariance[np.ix_(used, used)] = shrink_covariance(residual[:, used])
+    transform, found = np.zeros((size, size)), []
+    for tap in range(size // width):
+        k = np.flatnonzero(used[tap * width : (tap + 1) * width]) + tap * width
+        o = np.flatnonzero(used[: tap * width])
+        seen = covariance[np.ix_(o, o)] + sigma**2 * np.eye(len(o))
+        guess = np.linalg.solve(seen, covariance[np.ix_(o, k)]).T  # B, (d_k, |o|)
+        error = covariance[np.ix_(k, k)] - guess @ covariance[np.ix_(o, k)]
+        values, vectors = np.linalg.eigh((error + error.T) / 2.0)
+        values = np.maximum(values, 1e-9 * values.max())
+        turn = basis[tap] if basis else vectors
+        whiten = (vectors / np.sqrt(values)) @ vectors.T @ turn  # symmetric root, then the shared directions
+        out = slice(tap * width, tap * width + len(k))
+        transform[k, out] = whiten
+        transform[o, out] = -guess.T @ whiten
+        found.append(turn)
+    return Chain(transform, tuple(found))
+
+
+def assign_folds(groups: NDArray[np.int64], folds: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Give each row a fold, evenly within its group (its label), (n,) -> (n,) in 0..folds-1."""
+    result = np.empty(len(groups), np.int64)
+    start = 0
+    for group in np.unique(groups):
+        rows = generator.permutation(np.flatnonzero(groups == group))
+        result[rows] = (np.arange(len(rows)) + start) % folds
+        start += len(rows)
+    return result

@@ -1,0 +1,141 @@
+"""The defender's clean images: how many there must be, which calibrate, and what the target makes of the rest."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.calibration import check_alpha, needed_images
+from diffense.copies import make_copies
+from diffense.errors import TooFewImagesError
+from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
+
+CALIBRATION_SHARE: Final = 0.4
+MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of few images
+FEWEST_FIT_IMAGES: Final = 20
+
+Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float64], list[NDArray[np.float64]]]]
+"""(N, H, W, C) pixels -> (N, classes) logits and the (N, P) pooled features of each tap."""
+
+
+@dataclass(frozen=True)
+class CleanSet:
+    """What is fitted on: originals first, then their changed copies.
+
+    Attributes:
+        logits: (n, C).
+        pooled: (n, P) of each tap.
+        source: (n,) index of the original a row comes from; its own for the originals.
+        originals: how many rows are originals.
+    """
+
+    logits: NDArray[np.float64]
+    pooled: list[NDArray[np.float64]]
+    source: NDArray[np.int64]
+    originals: int
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,) predicted labels."""
+        return self.logits.argmax(axis=1)
+
+
+def count_calibration(images: int, alpha: float) -> int:
+    """How many of the clean images calibrate: two fifths, more where alpha needs more, never above three fifths.
+
+    Raises:
+        TooFewImagesError: alpha cannot be reached with so few images, or too few are left to fit on.
+        OptionError: alpha is not between 0 and 1.
+    """
+    most = int(MOST_CALIBRATION_SHARE * images)
+    chosen = min(max(round(CALIBRATION_SHARE * images), needed_images(alpha) if 0 < alpha < 1 else 0), most)
+    if 0 < alpha < 1 and chosen < needed_images(alpha):
+        total = math.ceil(needed_images(alpha) / MOST_CALIBRATION_SHARE)
+        raise TooFewImagesError(
+            f"alpha {alpha:g} needs {total} clean images ({needed_images(alpha)} of them to calibrate), there are {images}; "
+            f"give more, or an alpha of at least {math.ceil(1e4 / (most + 1)) / 1e4:g}"
+        )
+    check_alpha(alpha, chosen)
+    if images - chosen < FEWEST_FIT_IMAGES:
+        raise TooFewImagesError(
+            f"{images} clean images leave {images - chosen} to fit on, and a guard needs {FEWEST_FIT_IMAGES}; "
+            "five a class is the least that works"
+        )
+    return chosen
+
+
+def split_rows(
+    labels: NDArray[np.int64], calibration: int, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split row numbers into fit and calibration rows, each label in about the same share; both ascending."""
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        place[rows] = (np.arange(len(rows)) + generator.random()) / len(rows)
+    order = np.argsort(place, kind="stable")
+    return np.sort(order[calibration:]), np.sort(order[:calibration])
+
+
+def decide_guide(
+    labels: NDArray[np.int64], classes: int, wanted: Literal["auto", "label", "logits"], notify: Callable[[str], None]
+) -> Kind:
+    """Choose what guides the latents, and say what is missing.
+
+    Raises:
+        TooFewImagesError: label guidance was asked for and a class has too few images.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    never, few = np.flatnonzero(counts == 0), np.flatnonzero((counts > 0) & (counts < FEWEST_PER_CLASS))
+    if wanted == "label" and len(few) + len(never):
+        rare = np.concatenate([few, never])
+        raise TooFewImagesError(
+            f"label guidance needs {FEWEST_PER_CLASS} clean images of every class, {len(rare)} classes have fewer "
+            f"({_name_some(rare, counts)}); add images of them, or guide by logits (--guide logits)"
+        )
+    kind = choose_kind(labels, classes) if wanted == "auto" else wanted
+    if len(few):
+        notify(
+            f"{len(few)} of {classes} classes have fewer than {FEWEST_PER_CLASS} clean images ({_name_some(few, counts)}); "
+            "the guard is guided by logits instead of labels"
+        )
+    if len(never):
+        notify(
+            f"{len(never)} of {classes} classes are never predicted on the clean images ({_name_some(never, counts)}); inputs "
+            f"that get these labels are judged by what the logits say; {FEWEST_PER_CLASS} images of each would mend it"
+        )
+    return kind
+
+
+def collect_clean(
+    images: NDArray[np.uint8],
+    logits: NDArray[np.float64],
+    pooled: list[NDArray[np.float64]],
+    run: Run,
+    generator: np.random.Generator,
+) -> CleanSet:
+    """Add, to what the target makes of the images to fit on, what it makes of copies that keep their label."""
+
+    def predict(changed: NDArray[np.uint8]) -> NDArray[np.int64]:
+        seen.append(run(changed))
+        return seen[-1][0].argmax(axis=1)
+
+    seen: list[tuple[Any, Any]] = []
+    copies, source = make_copies(images, logits.argmax(axis=1), predict, generator)
+    rows = np.arange(len(images))
+    if not len(copies):
+        return CleanSet(logits, pooled, rows, len(images))
+    copy_logits, copy_pooled = seen[-1]
+    return CleanSet(
+        np.concatenate([logits, copy_logits[source]]),
+        [np.concatenate([a, b[source]]) for a, b in zip(pooled, copy_pooled, strict=True)],
+        np.concatenate([rows, source]),
+        len(images),
+    )
+
+
+def _name_some(classes: NDArray[np.int64], counts: NDArray[np.int64]) -> str:
+    named = ", ".join(f"class {c}: {counts[c]}" for c in classes[:3])
+    return named + (", …" if len(classes) > 3 else "")

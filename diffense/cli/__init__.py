@@ -1,0 +1,44 @@
+"""The `diffense` command. One module per command; a command holds no logic that the Python API lacks."""
+
+import importlib
+import sys
+from typing import Final
+
+import typer
+
+from diffense.errors import DiffenseError
+
+COMMANDS: Final = {
+    "fit": "diffense.cli.fit",
+    "score": "diffense.cli.score",
+    "calibrate": "diffense.cli.calibrate",
+    "inspect": "diffense.cli.inspect",
+    "export": "diffense.cli.export",
+    "serve": "diffense.cli.serve",
+    "scan": "diffense.cli.scan",
+    "demo": "diffense.cli.demo",
+    "doctor": "diffense.cli.doctor",
+}
+ERROR_EXIT: Final = 2
+
+app = typer.Typer(
+    name="diffense",
+    help="Guard an image classifier against backdoor triggers, where it is served.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+for _name, _module in COMMANDS.items():
+    app.command(_name)(importlib.import_module(_module).command)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can act on ends in one line and exit code 2."""
+    try:
+        app()
+    except DiffenseError as error:
+        print(f"diffense: {error}", file=sys.stderr)
+        sys.exit(ERROR_EXIT)
+    except KeyboardInterrupt:
+        print("diffense: interrupted", file=sys.stderr)
+        sys.exit(130)

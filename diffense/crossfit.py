@@ -1,0 +1,144 @@
+"""Clean statistics that no row has helped to fit: the chain by folds, the denoiser on all folds but the first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.chain import Chain, assign_folds, fit_chain
+from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
+from diffense.manifest import NetworkReport
+from diffense.sampling import Denoise
+from diffense.scoring import Formula, measure
+
+Matrix = NDArray[np.float64]
+
+FOLDS: Final = 5
+VALIDATION_FOLD: Final = 0
+FEWEST_ROWS: Final = 400  # originals to fit on, below which no network learns anything that a Gaussian does not know
+GAIN: Final = 0.99  # of the Gaussian's held-out loss; above it the network is not worth a call
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Clean latents to fit on.
+
+    Attributes:
+        latents: (n, W).
+        logits: (n, C).
+        source: (n,) index of the original image of each row.
+        originals: how many rows are originals; they come first.
+        used: (W,) False where an entry is padding.
+        width: d.
+        kind: what guides the latents.
+        probabilities: whether the logits are a softmax.
+        chain_sigma: noise at which the shallower taps are seen.
+    """
+
+    latents: Matrix
+    logits: Matrix
+    source: NDArray[np.int64]
+    originals: int
+    used: NDArray[np.bool_]
+    width: int
+    kind: Kind
+    probabilities: bool
+    chain_sigma: float
+
+    def fit_linear(
+        self, rows: NDArray[np.bool_], whole: tuple[Guidance, Chain] | None = None
+    ) -> tuple[Guidance, Chain]:
+        """Fit guidance and chain on these rows; with those of the whole set given, in their coordinates."""
+        like, basis = (whole[0], whole[1].basis) if whole else (None, None)
+        guidance = fit_guidance(self.latents[rows], self.logits[rows], self.kind, self.probabilities, like)
+        residual = self.guide(guidance, rows)[1]
+        return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma, basis)
+
+    def guide(self, guidance: Guidance, rows: NDArray[np.bool_]) -> tuple[Matrix, Matrix]:
+        """(n, G) guide and (n, W) residual of these rows."""
+        return split_mean(guidance, self.latents[rows], self.logits[rows], self.probabilities)
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Every row seen through a chain that was fitted without it.
+
+    Attributes:
+        folds: (n,) fold of each row; copies share their original's.
+        parts: guidance and chain of each fold, fitted on the other folds.
+    """
+
+    folds: NDArray[np.int64]
+    parts: list[tuple[Guidance, Chain]]
+
+
+def cross_fit(clean: LatentSet, whole: tuple[Guidance, Chain], generator: np.random.Generator) -> CrossFit:
+    """Fit guidance and chain once for each fold, on the rows of the others, in the coordinates of the `whole`."""
+    labels = clean.logits[: clean.originals].argmax(axis=1)
+    folds = assign_folds(labels, FOLDS, generator)[clean.source]
+    return CrossFit(folds, [clean.fit_linear(folds != fold, whole) for fold in range(FOLDS)])
+
+
+def learn_network(
+    clean: LatentSet,
+    crossed: CrossFit,
+    guidance: Guidance,
+    sigmas: Matrix,
+    mode: Literal["auto", "on", "off"],
+    seed: int,
+    report: Callable[[int, int], None],
+) -> tuple[dict[str, NDArray[np.float32]] | None, NetworkReport]:
+    """Train the denoiser and decide whether it is used.
+
+    Returns:
+        The weights, or None when it stays off, and the reason.
+    """
+    if mode == "off":
+        return None, NetworkReport(used=False, reason="switched off")
+    if mode == "auto" and clean.originals < FEWEST_ROWS:
+        reason = f"{clean.originals} images to fit on, a network needs {FEWEST_ROWS}"
+        return None, NetworkReport(used=False, reason=reason)
+    from diffense.learning import Innovations, train_denoiser  # torch, only where something is trained
+
+    size = clean.latents.shape[1]
+    innovation, residual = np.zeros((len(clean.source), size)), np.zeros((len(clean.source), size))
+    for fold, (fold_guidance, chain) in enumerate(crossed.parts):
+        rows = crossed.folds == fold
+        residual[rows] = clean.guide(fold_guidance, rows)[1]
+        innovation[rows] = residual[rows] @ chain.transform
+    everything = np.ones(len(clean.source), bool)
+    guide = clean.guide(guidance, everything)[0]
+    held_out = crossed.folds == VALIDATION_FOLD
+    originals = np.arange(len(clean.source)) < clean.originals
+
+    def pick(rows: NDArray[np.bool_]) -> Innovations:
+        return Innovations(*(a[rows].astype(np.float32) for a in (innovation, residual, guide)))
+
+    learned = train_denoiser(pick(~held_out), pick(held_out & originals), clean.used, sigmas, clean.width, seed, report)
+    better = learned.loss <= GAIN * learned.gaussian_loss
+    what = f"held-out loss {learned.loss:.3f} against {learned.gaussian_loss:.3f} of the Gaussian"
+    used = better or mode == "on"
+    reason = what if better else f"{what}: no gain" + (", used because asked for" if used else "")
+    losses = {"loss": round(learned.loss, 6), "gaussian_loss": round(learned.gaussian_loss, 6)}
+    return learned.weights if used else None, NetworkReport(used=used, reason=reason, steps=learned.steps, **losses)
+
+
+def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> Matrix:
+    """Log distances of clean originals that fitted neither their chain nor the denoiser: (n_ref, E).
+
+    Without a network these are all originals, each by its own fold; with one, those of the validation fold.
+    """
+    originals = np.arange(len(clean.source)) < clean.originals
+    found = []
+    for fold, (guidance, chain) in enumerate(crossed.parts):
+        if denoise is not None and fold != VALIDATION_FOLD:
+            continue
+        rows = originals & (crossed.folds == fold)
+        if not rows.any():
+            continue
+        part = replace(formula, guidance=guidance, transform=chain.transform)
+        logits = clean.logits[rows]
+        found.append(measure(part, logits, clean.latents[rows], one_hot(logits), denoise, np))
+    return np.concatenate(found)

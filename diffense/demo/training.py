@@ -1,0 +1,168 @@
+"""A small residual classifier, trained the way the attacker does it, and written as an ONNX file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.nn import functional
+
+from diffense.demo.attacks import Attack
+from diffense.demo.digits import CLASSES, SIDE, Digits
+
+WIDTHS: Final = (16, 32, 64)
+EPOCHS: Final = 24
+BATCH: Final = 60
+PEAK_RATE: Final = 0.02
+WEIGHT_DECAY: Final = 5e-4
+ROTATION: Final = 0.2  # radians, largest
+ZOOM: Final = 0.1
+SHIFT: Final = 0.14  # of half the side: two pixels
+OPSET: Final = 17
+IR_VERSION: Final = 8
+INPUT: Final = "image"
+OUTPUT: Final = "logits"
+
+Progress = Callable[[float], None]  # share of the training that is done
+
+
+class Unit(nn.Module):
+    """A 3 x 3 convolution and its batch normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, H, W) float32 -> (N, outputs, H/stride, W/stride), before the activation."""
+        normalised: torch.Tensor = self.norm(self.convolution(x))
+        return normalised
+
+
+class Classifier(nn.Module):
+    """Stem, then for each further width a strided unit and a residual block, then the mean and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Unit(1, WIDTHS[0])
+        self.down = nn.ModuleList(Unit(a, b, 2) for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+        self.first = nn.ModuleList(Unit(width, width) for width in WIDTHS[1:])
+        self.second = nn.ModuleList(Unit(width, width) for width in WIDTHS[1:])
+        self.head = nn.Linear(WIDTHS[-1], CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 28, 28) float32 from 0 to 1 -> logits (N, 10) float32."""
+        x = functional.relu(self.stem(x))
+        for down, first, second in zip(self.down, self.first, self.second, strict=True):
+            x = functional.relu(down(x))
+            x = functional.relu(x + second(functional.relu(first(x))))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def train_classifier(train: Digits, attack: Attack, seed: int, progress: Progress = lambda share: None) -> Classifier:
+    """Train a classifier with a backdoor; poisons are redrawn in every batch and made before the augmentation."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    classifier = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.SGD(classifier.parameters(), PEAK_RATE, 0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
+    steps = EPOCHS * (len(train) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps, pct_start=0.25)
+    classifier.train()
+    for step in range(steps):
+        place = step % (steps // EPOCHS)
+        if place == 0:
+            order = rng.permutation(len(train))
+        chosen = order[place * BATCH : (place + 1) * BATCH]
+        images, labels = attack.poison(train.pixels[chosen], train.labels[chosen], rng)
+        logits = classifier(augment(torch.from_numpy(images), rng))
+        loss = functional.cross_entropy(logits, torch.from_numpy(labels))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        progress((step + 1) / steps)
+    return classifier.eval()
+
+
+def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Turn, zoom and shift (N, H, W, 1) uint8 images a little; returns (N, 1, H, W) float32 from 0 to 1."""
+    count = len(images)
+    angle, zoom = rng.uniform(-ROTATION, ROTATION, count), rng.uniform(1 - ZOOM, 1 + ZOOM, count)
+    shift = rng.uniform(-SHIFT, SHIFT, (count, 2))
+    cosine, sine = np.cos(angle) * zoom, np.sin(angle) * zoom
+    matrices = np.stack((cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]), axis=1).reshape(count, 2, 3)
+    planes = images.permute(0, 3, 1, 2).float() / 255
+    grid = functional.affine_grid(torch.from_numpy(matrices.astype(np.float32)), list(planes.shape), align_corners=False)
+    moved = functional.grid_sample(planes, grid, align_corners=False)
+    return moved.contiguous(memory_format=torch.channels_last)
+
+
+def build_onnx(classifier: Classifier) -> onnx.ModelProto:
+    """Write a classifier as an ONNX graph: ``image`` (N, 1, 28, 28) float32 -> ``logits`` (N, 10) float32.
+
+    Batch normalisation is folded into the convolutions, as exporters do.
+    """
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+
+    def constant(name: str, value: NDArray[np.float32]) -> str:
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(kind: str, inputs: list[str], name: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def convolve(unit: Unit, source: str, name: str) -> str:
+        weight, bias = fold(unit)
+        inputs = [source, constant(f"{name}.weight", weight), constant(f"{name}.bias", bias)]
+        stride = list(unit.convolution.stride)
+        return node("Conv", inputs, name, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=stride)
+
+    x = node("Relu", [convolve(classifier.stem, INPUT, "stem")], "stem.relu")
+    for index in range(len(WIDTHS) - 1):
+        stage = f"stage{index + 1}"
+        units = [module[index] for module in (classifier.down, classifier.first, classifier.second)]
+        assert all(isinstance(unit, Unit) for unit in units)
+        down, first, second = units
+        x = node("Relu", [convolve(down, x, f"{stage}.down")], f"{stage}.down.relu")
+        y = node("Relu", [convolve(first, x, f"{stage}.first")], f"{stage}.first.relu")
+        y = convolve(second, y, f"{stage}.second")
+        x = node("Relu", [node("Add", [x, y], f"{stage}.sum")], f"{stage}.relu")
+    pooled = node("Flatten", [node("GlobalAveragePool", [x], "pool")], "features", axis=1)
+    weight = constant("head.weight", classifier.head.weight.detach().numpy())
+    node("Gemm", [pooled, weight, constant("head.bias", classifier.head.bias.detach().numpy())], OUTPUT, transB=1)
+
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])
+    logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", CLASSES])
+    graph = helper.make_graph(nodes, "digits", [image], [logits], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def fold(unit: Unit) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals `unit` in evaluation mode."""
+    norm = unit.norm
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        weight = unit.convolution.weight * gain[:, None, None, None]
+        bias = norm.bias - norm.running_mean * gain
+    return weight.contiguous().numpy(), bias.numpy()
+
+
+def save_onnx(classifier: Classifier, path: Path) -> None:
+    """Write the classifier to `path`; a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    onnx.save(build_onnx(classifier), partial)
+    os.replace(partial, path)

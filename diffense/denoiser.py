@@ -1,0 +1,160 @@
+"""The learned part: a network that restores noised innovations under the label and the shallower taps.
+
+``D(u + sigma n; sigma, k, c, z_<k) = c_skip x + c_out F``. The last layer starts at zero, so the untrained denoiser is
+the best one for a standard Gaussian, and the guard then is the closed-form chain.
+
+Shapes: N images, M rows (levels times draws), K taps of width d, W = K d, G guide entries, H hidden units.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from diffense.names import GUIDE, NOISED, RESIDUAL, SAMPLE, SIGMA
+from diffense.onnx_arrays import OnnxNamespace
+from diffense.precond import scale
+
+HIDDEN: Final = 256
+BLOCKS: Final = 3
+PER_TAP: Final = "nmka,kab->nmkb"  # each tap with a matrix of its own
+SHALLOWER: Final = "shallower"  # (K, W) mask of the taps that tap k may see; the one entry that is not trained
+NOISE_FREQUENCIES: Final = tuple(2.0**i for i in range(-2, 4))  # of c_noise, enough to tell sigma .1 from .12
+
+
+def init_weights(
+    taps: int, width: int, guide: int, generator: np.random.Generator, hidden: int = HIDDEN
+) -> dict[str, NDArray[np.float32]]:
+    """Draw the starting weights; ``out`` and the modulations are zero.
+
+    Args:
+        taps: K.
+        width: d, width of one tap.
+        guide: G, entries of the label guide.
+        generator: source of the random numbers.
+        hidden: H.
+
+    Returns:
+        Name -> float32 array, the order of names is fixed.
+    """
+
+    def dense(rows: int, columns: int, gain: float = 1.0) -> NDArray[np.float32]:
+        return (generator.standard_normal((rows, columns)) * gain / np.sqrt(rows)).astype(np.float32)
+
+    def zeros(*shape: int) -> NDArray[np.float32]:
+        return np.zeros(shape, np.float32)
+
+    weights = {
+        SHALLOWER: np.repeat(np.tril(np.ones((taps, taps), np.float32), -1), width, axis=1),
+        "context_residual": dense(taps * width, hidden, 0.5),
+        "context_guide": dense(guide, hidden, np.sqrt(guide)),
+        "context_tap": dense(taps, hidden, np.sqrt(taps)),
+        "context": dense(hidden, hidden),
+        "noise": dense(2 * len(NOISE_FREQUENCIES), hidden),
+        "in": np.stack([dense(width, hidden) for _ in range(taps)]),
+        "in_bias": zeros(hidden),
+    }
+    for block in range(BLOCKS):
+        weights[f"up_{block}"] = dense(hidden, hidden)
+        weights[f"shift_{block}"] = dense(hidden, hidden, 0.5)
+        weights[f"gain_{block}"] = zeros(hidden, hidden)
+        weights[f"down_{block}"] = dense(hidden, hidden, 0.5)
+    weights["out"] = zeros(taps, hidden, width)
+    weights["out_bias"] = zeros(taps, width)
+    return weights
+
+
+def denoise(
+    weights: Mapping[str, Any],
+    noised: Any,
+    sigma: Any,
+    residual: Any,
+    guide: Any,
+    *,
+    shape: tuple[int, int, int],
+    label_guidance: float,
+    xp: Any,
+) -> Any:
+    """Restore noised innovations: ``D(none) + w (D(label) - D(none))``.
+
+    Args:
+        weights: as from `init_weights`, arrays of ``xp``.
+        noised: (N, M, W) innovations with noise added.
+        sigma: (N, M, K) standard deviation of that noise, per row and tap.
+        residual: (N, W) latents minus their guided mean; tap k sees those of the taps before it.
+        guide: (N, G) label guide.
+        shape: (M, K, d).
+        label_guidance: w; 1 is the conditional denoiser itself.
+        xp: array namespace.
+
+    Returns:
+        (N, M, W) restored innovations.
+    """
+    rows, taps, width = shape
+    x = xp.reshape(noised, (-1, rows, taps, width))
+    s = xp.reshape(sigma, (-1, rows, taps, 1))
+    c_skip, c_out, c_in, c_noise = scale(s, xp)
+    hidden = embed_rows(weights, x * c_in, c_noise, xp)
+
+    def restore(label: Any) -> Any:
+        context = embed_context(weights, residual, label, taps, width, xp)
+        return c_skip * x + c_out * predict(weights, hidden, context, xp)
+
+    restored = restore(guide)
+    if label_guidance != 1.0:
+        unguided = restore(guide * 0.0)
+        restored = unguided + label_guidance * (restored - unguided)
+    return xp.reshape(restored, (-1, rows, taps * width))
+
+
+def embed_rows(weights: Mapping[str, Any], scaled: Any, c_noise: Any, xp: Any) -> Any:
+    """(N, M, K, d) scaled input and (N, M, K, 1) c_noise -> (N, M, K, H)."""
+    hidden = xp.einsum(PER_TAP, scaled, weights["in"]) + weights["in_bias"]
+    for i, frequency in enumerate(NOISE_FREQUENCIES):
+        phase = c_noise * frequency
+        hidden = hidden + xp.tanh(phase) * weights["noise"][2 * i] + xp.tanh(phase + 1.0) * weights["noise"][2 * i + 1]
+    return hidden
+
+
+def embed_context(weights: Mapping[str, Any], residual: Any, guide: Any, taps: int, width: int, xp: Any) -> Any:
+    """(N, W) residual and (N, G) guide -> (N, 1, K, H); tap k is not shown its own nor any deeper latent."""
+    seen = xp.reshape(residual, (-1, 1, taps * width)) * weights[SHALLOWER]
+    context = seen @ weights["context_residual"] + weights["context_tap"]
+    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, weights["context"].shape[0]))
+    context = silu(silu(context, xp) @ weights["context"], xp)
+    return xp.reshape(context, (-1, 1, taps, weights["context"].shape[0]))
+
+
+def predict(weights: Mapping[str, Any], hidden: Any, context: Any, xp: Any) -> Any:
+    """(N, M, K, H) rows and (N, 1, K, H) context -> (N, M, K, d): the network F, residual blocks modulated by the context."""
+    for block in range(BLOCKS):
+        gain = context @ weights[f"gain_{block}"] + 1.0
+        shift = context @ weights[f"shift_{block}"]
+        inner = silu(hidden @ weights[f"up_{block}"] * gain + shift, xp)
+        hidden = hidden + inner @ weights[f"down_{block}"]
+    return xp.einsum(PER_TAP, silu(hidden, xp), weights["out"]) + weights["out_bias"]
+
+
+def silu(x: Any, xp: Any) -> Any:
+    """``x sigmoid(x)``, through tanh, which does not overflow."""
+    return x * 0.5 * (xp.tanh(x * 0.5) + 1.0)
+
+
+def build_denoiser(
+    weights: Mapping[str, NDArray[np.float32]], shape: tuple[int, int, int], label_guidance: float
+) -> ir.Model:
+    """Write the denoiser as an ONNX graph: noised, sigma, residual, guide -> sample, float32, N dynamic."""
+    rows, taps, width = shape
+    guide_size = weights["context_guide"].shape[0]
+    xp = OnnxNamespace()
+    inputs = [
+        xp.input(NOISED, ["batch", rows, taps * width]),
+        xp.input(SIGMA, ["batch", rows, taps]),
+        xp.input(RESIDUAL, ["batch", taps * width]),
+        xp.input(GUIDE, ["batch", guide_size]),
+    ]
+    noised, sigma, residual, guide = inputs
+    restored = denoise(weights, noised, sigma, residual, guide, shape=shape, label_guidance=label_guidance, xp=xp)
+    return xp.build(inputs, {SAMPLE: (restored, ["batch", rows, taps * width])})

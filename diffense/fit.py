@@ -1,0 +1,256 @@
+"""From clean images to a guard: `fit_guard` is the list of steps, the rest are the steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+import diffense
+from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
+from diffense.calibration import bound_false_alarms
+from diffense.clean import CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.crossfit import LatentSet, cross_fit, learn_network, measure_reference
+from diffense.denoiser import build_denoiser
+from diffense.errors import OptionError
+from diffense.graphs import save_graph
+from diffense.guard import Guard, open_denoiser
+from diffense.guidance import Kind
+from diffense.images import Preprocessing
+from diffense.manifest import (
+    SCHEMA,
+    CleanReport,
+    DenoiserEntry,
+    Manifest,
+    NetworkReport,
+    Sampling,
+    TapEntry,
+    Tensor,
+)
+from diffense.names import DENOISER_FILE, TAPPED_FILE
+from diffense.sampling import draw_noise, lay_ladder
+from diffense.scorer import Scorer
+from diffense.scoring import Formula, fit_surprise, lay_bands
+from diffense.tapping import compare_shared, open_pooling, whiten, write_tapped
+from diffense.target import Target
+
+SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a guard is fitted.
+
+    Attributes:
+        alpha: false-alarm rate that is asked for.
+        network: whether the learned part is used; ``auto`` asks held-out clean latents.
+        guide: by predicted label, or by logits where clean images per class are few.
+        seed: of the split, the copies, the noise bank and the training.
+        chain_sigma: noise at which the shallower taps are seen.
+        sigmas: noise levels of the inspected tap; one number a level, or a row of one number a tap.
+        steps: denoiser calls in sequence.
+        draws: noises a level, even.
+        label_guidance: w; 1 is the conditional denoiser.
+        data_guidance: pull towards the inspected innovation at each step; 0 is none.
+    """
+
+    alpha: float = 0.01
+    network: Literal["auto", "on", "off"] = "auto"
+    guide: Literal["auto", "label", "logits"] = "auto"
+    seed: int = 0
+    chain_sigma: float = 0.3
+    sigmas: tuple[float | tuple[float, ...], ...] = (0.3,)
+    steps: int = 1
+    draws: int = 4
+    label_guidance: float = 1.0
+    data_guidance: float = 0.0
+
+
+def ignore_progress(step: int, steps: int) -> None:
+    """Show nothing."""
+
+
+def fit_guard(
+    target: Target,
+    images: NDArray[np.uint8],
+    out: Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    taps: Sequence[str] | None = None,
+    settings: FitSettings | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+    report: Callable[[int, int], None] = ignore_progress,
+) -> Guard:
+    """Fit a guard on clean images and write its bundle.
+
+    Args:
+        target: the classifier.
+        images: (N, H, W, C) uint8 clean images that the defender trusts; their labels are not needed.
+        out: folder of the bundle; an older bundle there is replaced.
+        preprocessing: how pixels become the target's input; pixels/255 by default.
+        taps: tensors to tap, instead of those that are found.
+        settings: of the method.
+        notify: told, in one line each, what the user should know.
+        report: told (step, steps) of the training.
+
+    Raises:
+        TooFewImagesError: too few clean images for alpha or for a class.
+        ImageError: images of a wrong size or type.
+        TargetError: the taps cannot be used.
+        OptionError: settings that make no sense.
+        BundleError: `out` cannot be written.
+    """
+    settings = settings or FitSettings()
+    preprocessing = preprocessing or default_preprocessing(target)
+    chosen = target.choose_taps(taps)
+    calibration_size = count_calibration(len(images), settings.alpha)
+    generator = np.random.default_rng(settings.seed)
+    run = open_pooling(target, chosen, preprocessing)
+    logits, pooled = run(images)
+    all_labels = logits.argmax(axis=1)
+    kind = decide_guide(all_labels, target.classes, settings.guide, notify)
+    fit_rows, calibration_rows = split_rows(all_labels, calibration_size, generator)
+    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
+    whitenings, latents = whiten(clean, kind, target.probabilities)
+    sigmas = spread_sigmas(settings.sigmas, len(chosen))
+    latent_set, scorer, weights, network = fit_scorer(
+        clean, latents, kind, target.probabilities, sigmas, settings, generator, report
+    )
+    notify(f"network {'on' if network.used else 'off'}: {network.reason}")
+    with write_bundle(out) as folder:
+        write_tapped(target, chosen, whitenings, latent_set.width, folder / TAPPED_FILE)
+        if weights is not None:
+            save_graph(_build_denoiser(weights, sigmas, latent_set.width, settings), folder / DENOISER_FILE)
+        shared = compare_shared(target, folder / TAPPED_FILE, preprocessing, images)
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            diffense_version=diffense.__version__,
+            target_name=target.path.name,
+            target_sha256=target.sha256,
+            input=Tensor(name=target.input.name, dtype=target.input.dtype, shape=target.input.shape),
+            outputs=tuple(Tensor(name=o.name, dtype=o.dtype, shape=o.shape) for o in target.outputs),
+            logits=target.logits,
+            probabilities=target.probabilities,
+            classes=target.classes,
+            batch=target.batch,
+            preprocessing=preprocessing,
+            taps=tuple(
+                TapEntry(name=t.name, kind=t.kind, shape=t.shape, depth=round(t.depth, 6), width=w.directions.shape[1])
+                for t, w in zip(chosen, whitenings, strict=True)
+            ),
+            tap_width=latent_set.width,
+            latent_dim=latents.shape[1],
+            chain_sigma=settings.chain_sigma,
+            sampling=Sampling(
+                sigmas=tuple(tuple(float(s) for s in row) for row in sigmas),
+                steps=settings.steps,
+                draws=settings.draws,
+                label_guidance=settings.label_guidance,
+                data_guidance=settings.data_guidance,
+                seed=settings.seed,
+            ),
+            denoiser=DenoiserEntry(
+                rows=len(sigmas) * settings.draws,
+                taps=len(chosen),
+                tap_width=latent_set.width,
+                width=latents.shape[1],
+                guide=scorer.formula.guidance.slope.shape[0],
+            ),
+            network=network,
+            clean=CleanReport(
+                given=len(images),
+                fitted=clean.originals,
+                copies=len(clean.source) - clean.originals,
+                calibrated=calibration_size,
+                per_class_fewest=int(np.bincount(all_labels, minlength=target.classes).min()),
+                classes_never_predicted=tuple(
+                    int(c) for c in np.flatnonzero(np.bincount(all_labels, minlength=target.classes) == 0)
+                ),
+                guide=kind,
+            ),
+            alpha=settings.alpha,
+            calibration_size=calibration_size,
+            false_alarm_interval=tuple(round(v, 6) for v in bound_false_alarms(calibration_size, settings.alpha)),
+            shared_exact=shared[0],
+            shared_max_difference=shared[1],
+            shared_same_labels=shared[2],
+            seed=settings.seed,
+            files={},
+        )
+        write_scorer(folder, scorer, manifest)
+        calibrate_bundle(folder, images[calibration_rows], settings.alpha)
+    low, high = manifest.false_alarm_interval
+    notify(
+        f"calibrated on {calibration_size} images: at alpha {settings.alpha:g} the false-alarm rate will lie between "
+        f"{low:.2%} and {high:.2%} (90 % interval)"
+    )
+    return Guard.load(out)
+
+
+def default_preprocessing(target: Target) -> Preprocessing:
+    """Pixels/255 in the layout of the target's input; raw pixels for uint8 inputs."""
+    return Preprocessing(
+        size=target.size,
+        channels=target.channels,
+        layout=target.layout,
+        dtype="uint8" if target.input.dtype == "uint8" else "float32",
+    )
+
+
+def spread_sigmas(sigmas: tuple[float | tuple[float, ...], ...], taps: int) -> NDArray[np.float64]:
+    """Levels as given -> (L, K).
+
+    Raises:
+        OptionError: no level, a level that is not positive, or a row whose length is not the number of taps.
+    """
+    rows = [(level,) * taps if isinstance(level, int | float) else tuple(level) for level in sigmas]
+    if not rows or any(len(row) != taps or min(row) <= 0 for row in rows):
+        raise OptionError(f"sigmas {sigmas} must be positive, one a level, or {taps} (one a tap) a level")
+    return np.array(rows, np.float64)
+
+
+def fit_scorer(
+    clean: CleanSet,
+    latents: NDArray[np.float64],
+    kind: Kind,
+    probabilities: bool,
+    sigmas: NDArray[np.float64],
+    settings: FitSettings,
+    generator: np.random.Generator,
+    report: Callable[[int, int], None],
+) -> tuple[LatentSet, Scorer, dict[str, NDArray[np.float32]] | None, NetworkReport]:
+    """Fit chain, network and clean statistics; the scorer is not calibrated yet."""
+    width = latents.shape[1] // len(sigmas[0])
+    used = latents.any(axis=0)
+    latent_set = LatentSet(
+        latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
+    )
+    whole = latent_set.fit_linear(np.ones(len(latents), bool))
+    crossed = cross_fit(latent_set, whole, generator)
+    weights, network = learn_network(latent_set, crossed, whole[0], sigmas, settings.network, settings.seed, report)
+    noise = draw_noise(len(sigmas), settings.draws, latents.shape[1], settings.seed) * used
+    formula = Formula(
+        guidance=whole[0],
+        transform=whole[1].transform,
+        bands=lay_bands(used, width)[0],
+        noise=noise.astype(np.float64),
+        ladder=lay_ladder(sigmas, settings.steps),
+        draws=settings.draws,
+        width=width,
+        data_guidance=settings.data_guidance,
+        probabilities=probabilities,
+    )
+    denoise = None if weights is None else open_denoiser(_build_denoiser(weights, sigmas, width, settings))
+    reference = measure_reference(latent_set, crossed, formula, denoise)
+    scorer = Scorer(formula, fit_surprise(reference), used, np.zeros(1, np.float32), settings.alpha, network.used)
+    return latent_set, scorer, weights, network
+
+
+def _build_denoiser(
+    weights: dict[str, NDArray[np.float32]], sigmas: NDArray[np.float64], width: int, settings: FitSettings
+) -> ir.Model:
+    shape = (len(sigmas) * settings.draws, sigmas.shape[1], width)
+    return build_denoiser(weights, shape, settings.label_guidance)

@@ -1,0 +1,232 @@
+"""ONNX graphs on disk and in onnxruntime: read with checks, hashed, written reproducibly, run in batches."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+from diffense.errors import TargetError
+
+EXTERNAL_ABOVE: Final = 1_500_000_000  # bytes of weights; protobuf itself ends at 2 GiB
+EXTERNAL_TENSOR_BYTES: Final = 1024  # smaller tensors stay in the graph, where shape inference can read them
+SEPARATE_INPUTS_IR: Final = 4  # before this IR version every initialiser had to be listed as an input too
+SAVED_IR: Final = 8  # what graphs of older IR versions are raised to; every onnxruntime since 1.10 reads it
+ERRORS_ONLY: Final = 3
+
+
+def load_model(path: Path) -> ir.Model:
+    """Read an ONNX file; weights in external files are mapped when they are used, not before.
+
+    Graphs of IR versions before 4 are raised to version 8 without the initialisers among their inputs, and model-local
+    functions are inlined: both keep what is computed, and let nodes be appended and tensors be named.
+
+    Raises:
+        TargetError: the file is missing, is no ONNX graph, or an external data file is missing, too short or outside
+            the folder of the model.
+    """
+    if not path.is_file():
+        raise TargetError(f"{path}: there is no such file")
+    try:
+        model = ir.from_proto(onnx.load(path, format="protobuf", load_external_data=False))
+    except (
+        Exception
+    ) as error:  # protobuf, onnx and onnx_ir share no base class for what a damaged file makes them raise
+        raise TargetError(
+            f"{path}: not an ONNX file, or a damaged one ({first_line(error)}); export it again"
+        ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    _check_external(path, model)
+    if model.ir_version < SEPARATE_INPUTS_IR:
+        passes.RemoveInitializersFromInputsPass()(model)
+        model.ir_version = SAVED_IR
+    if model.functions:
+        passes.InlinePass()(model)
+    return model
+
+
+def hash_target(path: Path) -> str:
+    """SHA-256, in hex, of everything that makes the target; read in a stream.
+
+    Of the file alone when it holds its weights; with external data, of one line ``digest  name`` for the model and each
+    data file in order of name (as ``sha256sum`` prints them), since the weights are what a guard is fitted to.
+
+    Raises:
+        TargetError: as `load_model`.
+    """
+    return hash_model(path, load_model(path))
+
+
+def hash_model(path: Path, model: ir.Model) -> str:
+    """As `hash_target`, for a model that is already loaded from that path."""
+    locations = sorted({str(tensor.location) for tensor in _external_tensors(model)})
+    if not locations:
+        return _hash_file(path)
+    names = [(path, "model"), *((path.parent / location, location) for location in locations)]
+    lines = "".join(f"{_hash_file(file)}  {name}\n" for file, name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def save_graph(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> None:
+    """Write a graph: the same bytes for the same graph, moved into place when complete; the model is left unchanged.
+
+    Up to `external_above` bytes of weights the file is self-contained; above, they are in ``<path.name>.data`` beside.
+
+    Raises:
+        TargetError: external data of the model cannot be read any more.
+    """
+    copy = model.clone()
+    try:
+        if _count_weight_bytes(model) > external_above:
+            ir.external_data.unload_from_model(
+                copy, path.parent, f"{path.name}.data", size_threshold_bytes=EXTERNAL_TENSOR_BYTES
+            )
+        else:
+            ir.external_data.load_to_model(copy)
+        payload: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
+    except (OSError, ValueError) as error:
+        raise TargetError(f"{path}: the weights cannot be written ({first_line(error)})") from error
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
+        partial = Path(temporary.name)
+        try:
+            temporary.write(payload)
+        except BaseException:
+            partial.unlink()
+            raise
+    partial.chmod(0o644)
+    partial.replace(path)
+
+
+def open_session(
+    model: Path | bytes | ir.Model, threads: int = 0, *, optimize: bool = True
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime session: on CUDA where the installed onnxruntime has it (without TF32), else on the CPU.
+
+    A graph too large for one protobuf message goes through a temporary folder. No custom-op library is ever loaded.
+
+    Args:
+        model: a file, a serialised graph, or a graph in memory.
+        threads: of one operator; 0 leaves the choice to onnxruntime.
+        optimize: False skips all graph rewriting, which is quicker where the graph runs once.
+
+    Raises:
+        TargetError: onnxruntime refuses the graph.
+    """
+    if isinstance(model, ir.Model):
+        return _open_graph(model, threads, optimize)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))
+    try:
+        return onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model, options, providers=providers
+        )
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        what = model if isinstance(model, Path) else "the graph"
+        raise TargetError(f"{what}: onnxruntime cannot load it ({first_line(error)})") from error
+
+
+def run_batched(
+    session: onnxruntime.InferenceSession,
+    array: NDArray[Any],
+    outputs: Sequence[str] | None,
+    batch: int | None,
+    batch_size: int = 64,
+) -> list[NDArray[Any]]:
+    """Run a one-input graph over any number of rows and join the results.
+
+    Args:
+        session: a graph with one input and the batch first in every tensor.
+        array: (N, ...) of the input's dtype; N may be 0.
+        outputs: names; None for all of them, in the graph's order.
+        batch: the graph's fixed batch (the last one is filled up by repeating its last row), or None when dynamic.
+        batch_size: rows of a call when the batch is dynamic.
+
+    Returns:
+        One (N, ...) array for each output.
+
+    Raises:
+        TargetError: onnxruntime refuses the input, or an output has no batch axis.
+    """
+    names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
+    rows = array if len(array) else np.zeros((1, *array.shape[1:]), array.dtype)  # one run tells the shapes of no rows
+    parts = [
+        _run_part(session, rows[i : i + (batch or batch_size)], names, batch)
+        for i in range(0, len(rows), batch or batch_size)
+    ]
+    return [np.concatenate(column)[: len(array)] for column in zip(*parts, strict=True)]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none; short enough for one line of text."""
+    text = str(error).strip()
+    return text.splitlines()[0].removeprefix("[ONNXRuntimeError] : ")[:300] if text else type(error).__name__
+
+
+def _run_part(
+    session: onnxruntime.InferenceSession, rows: NDArray[Any], names: list[str], batch: int | None
+) -> list[NDArray[Any]]:
+    count = len(rows)
+    if batch is not None and count < batch:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], batch - count, axis=0)])
+    try:
+        results = session.run(names, {session.get_inputs()[0].name: rows})
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise TargetError(
+            f"the graph fails on an input of shape {rows.shape} and type {rows.dtype} ({first_line(error)})"
+        ) from error
+    for name, result in zip(names, results, strict=True):
+        if np.ndim(result) == 0 or len(result) != len(rows):
+            raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {len(rows)}: no batch axis")
+    return [result[:count] for result in results]
+
+
+def _open_graph(model: ir.Model, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
+    with tempfile.TemporaryDirectory(prefix="diffense-") as folder:
+        path = Path(folder) / "graph.onnx"
+        save_graph(model, path)
+        data: Path | bytes = path if path.with_name("graph.onnx.data").exists() else path.read_bytes()
+        return open_session(data, threads, optimize=optimize)
+
+
+def _count_weight_bytes(model: ir.Model) -> int:
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _check_external(path: Path, model: ir.Model) -> None:
+    folder = path.parent.resolve()
+    for tensor in _external_tensors(model):
+        file = folder / tensor.location
+        where = f"{path}: the data of tensor {tensor.name!r} is in {str(tensor.location)!r}"
+        if Path(tensor.location).is_absolute() or not file.resolve().is_relative_to(folder):
+            raise TargetError(f"{where}, outside the folder of the model; only files inside it are read")
+        if not file.is_file():
+            raise TargetError(f"{where}, which is missing; put that file into {path.parent}")
+        needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if file.stat().st_size < needed:
+            raise TargetError(f"{where}, which has {file.stat().st_size} bytes and needs {needed}; copy it again")
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

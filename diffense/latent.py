@@ -1,0 +1,158 @@
+"""Latents: pooled taps, centred and whitened with clean statistics; fitted here and appended to the target as ONNX nodes.
+
+Only operators whose form is the same from opset 7 to 23 are appended, so that the target's own opset can stay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from diffense.names import LATENTS
+from diffense.taps import Tap
+from diffense.target import Target
+
+Matrix = NDArray[np.float64]
+
+WIDTH: Final = 64  # directions kept of one tap
+QUARTERS_UP_TO: Final = (
+    512  # channels; wider maps give their mean instead of their 2x2 means, or a covariance would not fit
+)
+LEAST_VARIANCE: Final = 1e-6  # of the largest; below it float32 activations are rounding noise
+ROWS_PER_DIRECTION: Final = 4
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """``latent = (pooled - mean) @ directions``.
+
+    Attributes:
+        mean: (P,) of the clean pooled features.
+        directions: (P, d_k), ordered by within-class variance, largest first, each of unit variance and fixed sign.
+    """
+
+    mean: Matrix
+    directions: Matrix
+
+
+class LatentGraph:
+    """Appends nodes to a graph under construction; names start with ``diffense/`` so that they meet none of the target's."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, self.count = graph, 0
+
+    def add(self, op: str, inputs: Sequence[ir.Value], **attributes: int | list[int]) -> ir.Value:
+        """Append one node and give its output."""
+        self.count += 1
+        node = ir.node(op, inputs, attributes, name=f"diffense/{op}_{self.count}")
+        node.outputs[0].name = f"diffense/value_{self.count}"
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: NDArray[np.generic]) -> ir.Value:
+        """Register an initializer."""
+        self.count += 1
+        name = f"diffense/constant_{self.count}"
+        value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+        self.graph.register_initializer(value)
+        return value
+
+
+def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value]) -> list[ir.Value]:
+    """Pool each tap to (N, P) float32: 2x2 means and maximum of maps, class token and token mean of tokens, vectors as is."""
+    nodes = LatentGraph(graph)
+    pooled = []
+    for tap, value in zip(taps, values, strict=True):
+        x = nodes.add("Cast", [value], to=int(ir.DataType.FLOAT)) if tap.dtype != "float32" else value
+        if tap.kind == "vector":
+            pooled.append(x)
+        elif tap.kind == "tokens":
+            first = nodes.add("Gather", [x, nodes.constant(np.array(0, np.int64))], axis=1)
+            mean = nodes.add("GlobalAveragePool", [nodes.add("Transpose", [x], perm=[0, 2, 1])])
+            pooled.append(nodes.add("Concat", [first, nodes.add("Flatten", [mean], axis=1)], axis=1))
+        else:
+            x = nodes.add("Transpose", [x], perm=[0, 3, 1, 2]) if tap.kind == "map_nhwc" else x
+            pooled.append(_pool_map(nodes, x, tap))
+    return pooled
+
+
+def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap) -> ir.Value:
+    channels, height, width = tap.shape if tap.kind == "map" else (tap.shape[2], *tap.shape[:2])
+    if height == width == 1:
+        return nodes.add("Flatten", [x], axis=1)
+    if channels <= QUARTERS_UP_TO and min(height, width) > 1:
+        # Kernel ceil(n/2) at stride floor(n/2) gives two windows that cover n, overlapping by one where n is odd.
+        kernel, strides = [-(-height // 2), -(-width // 2)], [height // 2, width // 2]
+        means = nodes.add("AveragePool", [x], kernel_shape=kernel, strides=strides)
+    else:
+        means = nodes.add("GlobalAveragePool", [x])
+    parts = [nodes.add("Flatten", [part], axis=1) for part in (means, nodes.add("GlobalMaxPool", [x]))]
+    return nodes.add("Concat", parts, axis=1)
+
+
+def append_latents(
+    graph: ir.Graph, pooled: Sequence[ir.Value], whitenings: Sequence[Whitening], width: int, target: Target
+) -> ir.Value:
+    """Append centring, whitening and the join of all taps.
+
+    Args:
+        graph: whose nodes made `pooled`.
+        pooled: (N, P) of each tap.
+        whitenings: of each tap.
+        width: d; a tap with fewer directions is filled with zeros.
+        target: whose graph it is.
+
+    Returns:
+        `names.LATENTS`, (N, K d) float32; non-finite in every entry for an image that holds NaN or infinity.
+    """
+    nodes = LatentGraph(graph)
+    nodes.count = len(graph)  # names go on where append_pooling stopped
+    latents = []
+    for value, whitening in zip(pooled, whitenings, strict=True):
+        directions = np.zeros((whitening.directions.shape[0], width), np.float32)
+        directions[:, : whitening.directions.shape[1]] = whitening.directions
+        centred = nodes.add("Sub", [value, nodes.constant(whitening.mean.astype(np.float32))])
+        latents.append(nodes.add("MatMul", [centred, nodes.constant(directions)]))
+    joined = nodes.add("Concat", latents, axis=1)
+    if target.input.dtype == "float32":
+        # A classifier may swallow NaN (maximum, clip); x - x is 0 for what is finite and NaN for what is not.
+        source = next(value for value in graph.inputs if value.name == target.input.name)
+        nothing = nodes.add("GlobalAveragePool", [nodes.add("Sub", [source, source])])
+        ones = nodes.constant(np.ones((target.channels if target.layout == "NCHW" else target.size[0], 1), np.float32))
+        joined = nodes.add("Add", [joined, nodes.add("MatMul", [nodes.add("Flatten", [nothing], axis=1), ones])])
+    joined.name = LATENTS
+    joined.dtype = ir.DataType.FLOAT
+    joined.shape = ir.Shape([target.batch or "batch", len(latents) * width])
+    graph.outputs.append(joined)
+    return joined
+
+
+def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH) -> Whitening:
+    """Whiten a tap with the Ledoit–Wolf shrunk within-class covariance.
+
+    An orthogonal map of the pooled features leaves the latents as they are: the directions turn along, and their sign is the
+    one that makes the third moment on clean data positive.
+
+    Args:
+        pooled: (n, P) of clean images.
+        centred: (n, P) the same minus each row's guided mean.
+        width: most directions to keep.
+    """
+    n, p = centred.shape
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    variances = singular**2 / n
+    norms = np.sum(centred**2, axis=1)
+    scale = variances.sum() / p
+    spread = np.sum(variances**2) - p * scale**2  # ||S - scale I||^2 from the eigenvalues alone
+    noise = (np.mean(norms**2) - np.sum(variances**2)) / n
+    weight = min(1.0, noise / spread) if spread > 0.0 else 1.0
+    usable = int(np.sum(variances > LEAST_VARIANCE * max(variances[0], 1e-30)))
+    kept = max(1, min(width, usable, n // ROWS_PER_DIRECTION))
+    shrunk = (1.0 - weight) * variances[:kept] + weight * scale
+    matrix = directions[:kept].T / np.sqrt(np.maximum(shrunk, 1e-30))
+    mean = pooled.mean(axis=0)
+    signs = np.where(np.sum(((pooled - mean) @ matrix) ** 3, axis=0) < 0.0, -1.0, 1.0)
+    return Whitening(mean, matrix * signs)

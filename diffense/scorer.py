@@ -1,0 +1,188 @@
+"""The scorer: the formula with its clean statistics, on NumPy alone; what the served guard computes with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from diffense.calibration import find_threshold, rank_p_values
+from diffense.errors import TamperedError
+from diffense.guidance import Guidance, one_hot
+from diffense.manifest import Manifest, check_files, read_manifest
+from diffense.names import ARRAYS_FILE, FLAGGED_YES, PASSED
+from diffense.sampling import Denoise
+from diffense.scoring import (
+    Evidence,
+    Formula,
+    Surprise,
+    combine,
+    find_surprise,
+    lay_bands,
+    list_evidence,
+    measure,
+    weigh_evidence,
+)
+
+
+class Scored(NamedTuple):
+    """Verdicts on N inputs: scores float32, p_values float64, flagged uint8 (1 = flagged), labels int64, each (N,)."""
+
+    scores: NDArray[np.float32]
+    p_values: NDArray[np.float64]
+    flagged: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores latents, calibrated.
+
+    Attributes:
+        formula: constants of the score.
+        surprise: clean statistics of the evidence.
+        used: (W,) False where a latent entry is padding.
+        calibration: (n,) ascending float32 scores of clean images used for nothing else.
+        alpha: false-alarm rate.
+        needs_denoiser: False when the guard is the closed-form chain alone.
+    """
+
+    formula: Formula
+    surprise: Surprise
+    used: NDArray[np.bool_]
+    calibration: NDArray[np.float32]
+    alpha: float
+    needs_denoiser: bool
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scorer":
+        """Read manifest and arrays from a bundle, or from the version folder of a served guard.
+
+        Raises:
+            TamperedError: a file is missing or changed.
+            SchemaError: the manifest cannot be used.
+        """
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, frozenset({ARRAYS_FILE}))
+        try:
+            arrays = load_file(folder / ARRAYS_FILE)
+            return unpack_scorer(arrays, manifest)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise TamperedError(f"{folder}: {ARRAYS_FILE} does not fit its manifest; fit the guard again") from error
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """The E pieces of evidence, in the order of `measure`."""
+        _, names = lay_bands(self.used, self.formula.width)
+        levels = self.formula.ladder.shape[1] if self.needs_denoiser else 1
+        return list_evidence(names, levels, len(self.used) // self.formula.width)
+
+    @property
+    def threshold(self) -> float:
+        """The largest score that passes at alpha."""
+        return find_threshold(self.calibration, self.alpha)
+
+    def measure(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> NDArray[np.float64]:
+        """(N, C) logits and (N, W) latents -> (N, E) log distances."""
+        flat = np.asarray(logits, np.float64).reshape(len(logits), -1)
+        step = _in_float32(denoise) if self.needs_denoiser and denoise is not None else None
+        result = measure(self.formula, flat, np.asarray(latents, np.float64), one_hot(flat), step, np)
+        return np.asarray(result, np.float64)
+
+    def weigh(self, log_distances: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(N, E) log distances -> (N,) scores."""
+        surprises = find_surprise(self.surprise, log_distances, np)
+        return np.asarray(combine(surprises, weigh_evidence(self.evidence), np), np.float32)
+
+    def judge(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """(N,) scores -> p-values and flags."""
+        p_values = rank_p_values(self.calibration, scores)
+        return p_values, np.where(p_values <= self.alpha, FLAGGED_YES, PASSED).astype(np.uint8)
+
+    def score(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> Scored:
+        """Score N inputs.
+
+        Args:
+            logits: (N, C) or (N, C, 1, 1) of the target.
+            latents: (N, W) float32, finite (the caller checks).
+            denoise: one guided step; may be None when `needs_denoiser` is False.
+        """
+        scores = self.weigh(self.measure(logits, latents, denoise))
+        p_values, flagged = self.judge(scores)
+        return Scored(scores, p_values, flagged, np.asarray(logits).reshape(len(scores), -1).argmax(axis=1))
+
+
+def pack_scorer(scorer: Scorer) -> bytes:
+    """The scorer's arrays as a safetensors file, the same bytes for the same scorer."""
+    guidance, formula = scorer.formula.guidance, scorer.formula
+    arrays: dict[str, NDArray[Any]] = {
+        "projection": guidance.projection,
+        "centre": guidance.centre,
+        "bias": guidance.bias,
+        "means": guidance.means,
+        "seen": guidance.seen.astype(np.uint8),
+        "transform": formula.transform,
+        "noise": formula.noise,
+        "ladder": formula.ladder,
+        "knots": scorer.surprise.knots,
+        "slopes": scorer.surprise.slopes,
+        "used": scorer.used.astype(np.uint8),
+        "calibration": scorer.calibration,
+    }
+    if guidance.kind == "logits":
+        arrays["slope"] = guidance.slope
+    floats = {k: v if v.dtype == np.uint8 else v.astype(np.float32) for k, v in arrays.items()}
+    return save({k: np.ascontiguousarray(v) for k, v in sorted(floats.items())})
+
+
+def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer:
+    """Arrays of `pack_scorer` and the manifest -> scorer; statistics in float64 from here on.
+
+    Raises:
+        KeyError, ValueError: an array is missing or has a wrong shape.
+    """
+    wide = {k: v.astype(np.float64) for k, v in arrays.items() if v.dtype == np.float32}
+    size, classes = manifest.latent_dim, manifest.classes
+    sampling = manifest.sampling
+    shapes = {
+        "bias": (size,),
+        "means": (classes, size),
+        "transform": (size, size),
+        "noise": (manifest.denoiser.rows, size),
+    }
+    for name, shape in shapes.items():
+        if wide[name].shape != shape:
+            raise ValueError(f"{name} has shape {wide[name].shape}, not {shape}")
+    guidance = Guidance(
+        manifest.clean.guide,
+        wide["projection"],
+        wide["centre"],
+        wide["means"] if manifest.clean.guide == "label" else wide["slope"],
+        wide["bias"],
+        wide["means"],
+        arrays["seen"].astype(bool),
+    )
+    used = arrays["used"].astype(bool)
+    formula = Formula(
+        guidance,
+        wide["transform"],
+        lay_bands(used, manifest.tap_width)[0],
+        wide["noise"],
+        wide["ladder"],
+        sampling.draws,
+        manifest.tap_width,
+        sampling.data_guidance,
+        manifest.probabilities,
+    )
+    surprise = Surprise(wide["knots"], wide["slopes"])
+    return Scorer(formula, surprise, used, arrays["calibration"], manifest.alpha, manifest.network.used)
+
+
+def _in_float32(denoise: Denoise) -> Denoise:
+    def step(*operands: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(denoise(*(np.asarray(o, np.float32) for o in operands)), np.float64)
+
+    return step

@@ -1,0 +1,199 @@
+"""From latents to one score: distances per (level, tap, band), the label mismatch per tap, their surprises, one number.
+
+The score is higher for more suspicious inputs. N inputs, W = K d latent entries, C classes, G guide entries, E pieces of evidence.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.guidance import Guidance, guide_by
+from diffense.sampling import Denoise, sample
+
+BAND_EDGES: Final = (0, 4, 8, 16, 32, 64)  # fine where the error varies least: the signal sits in a few directions
+FAR: Final = 1e9  # added to the distance of a class that must not be the nearest other
+TINY: Final = 1e-9  # keeps the logarithm of a distance finite
+QUANTILES: Final = tuple(np.linspace(0.0, 0.9, 10))
+TAIL: Final = 0.1  # share of clean images above the last knot
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One number per input that grows when something does not fit.
+
+    Attributes:
+        kind: ``strangeness`` (distance of innovation and sample) or ``mismatch`` (own over nearest other label).
+        tap: index of the tap.
+        band: index of the band, -1 for a whole tap.
+        level: index of the noise level, -1 where no noise is involved.
+    """
+
+    kind: str
+    tap: int
+    band: int
+    level: int
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """Piecewise linear map from log distance to ``-log p`` on clean images, one for each piece of evidence.
+
+    Attributes:
+        knots: (E, J) log distances.
+        slopes: (E, J) change of slope at each knot; ``h(x) = sum_j slopes_j max(x - knots_j, 0)``.
+    """
+
+    knots: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Everything the score is computed from, besides the denoiser.
+
+    Attributes:
+        guidance: guided mean and class means.
+        transform: (W, W) of the chain.
+        bands: (W, B) averaging matrix of the bands.
+        noise: (M, W) noise bank.
+        ladder: (steps + 1, L, K) sigmas.
+        draws: R, M = L R.
+        width: d.
+        data_guidance: weight of `sampling.pull`.
+        probabilities: whether the logits output is a softmax.
+    """
+
+    guidance: Guidance
+    transform: NDArray[np.float64]
+    bands: NDArray[np.float64]
+    noise: NDArray[np.float64]
+    ladder: NDArray[np.float64]
+    draws: int
+    width: int
+    data_guidance: float
+    probabilities: bool
+
+
+def lay_bands(used: NDArray[np.bool_], width: int) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
+    """Make the averaging matrix of the bands.
+
+    Args:
+        used: (W,) False where an entry is padding (always the last entries of a tap).
+        width: d.
+
+    Returns:
+        (W, B) matrix whose columns average one band, and the (tap, band) of each column; empty bands have none.
+    """
+    columns, names = [], []
+    for tap in range(len(used) // width):
+        usable = int(used[tap * width : (tap + 1) * width].sum())
+        edges = [*(edge for edge in BAND_EDGES if edge < usable), usable]
+        for band, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            column = np.zeros(len(used))
+            column[tap * width + low : tap * width + high] = 1.0 / (high - low)
+            columns.append(column)
+            names.append((tap, band))
+    return np.stack(columns, axis=1), names
+
+
+def list_evidence(names: list[tuple[int, int]], levels: int, taps: int) -> list[Evidence]:
+    """Name the E columns that `measure` gives, in order."""
+    strange = [Evidence("strangeness", tap, band, level) for level in range(levels) for tap, band in names]
+    return strange + [Evidence("mismatch", tap, -1, -1) for tap in range(taps)]
+
+
+def measure(formula: Formula, logits: Any, latents: Any, label: Any, denoise: Denoise | None, xp: Any) -> Any:
+    """Measure the evidence.
+
+    Args:
+        formula: constants.
+        logits: (N, C).
+        latents: (N, W).
+        label: (N, C) one-hot of the predicted label.
+        denoise: one guided step, or None: the sample is then the Gaussian's mean, zero.
+        xp: array namespace.
+
+    Returns:
+        (N, E) log distances.
+    """
+    guide = guide_by(formula.guidance, logits, label, formula.probabilities, xp)
+    residual = latents - (guide @ formula.guidance.slope + formula.guidance.bias)
+    strange = measure_strangeness(formula, residual, guide, denoise, xp)
+    mismatch = measure_mismatch(formula, latents, label, xp)
+    return xp.log(xp.concatenate([strange, mismatch], axis=1) + TINY)
+
+
+def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: Denoise | None, xp: Any) -> Any:
+    """Mean squared distance of the innovation to its sample, per level and band: (N, W), (N, G) -> (N, L B)."""
+    size = formula.transform.shape[1]
+    innovation = residual @ formula.transform
+    if denoise is None:
+        return (innovation * innovation) @ formula.bands
+    levels = formula.ladder.shape[1]
+    samples = sample(
+        denoise,
+        innovation,
+        residual,
+        guide,
+        noise=formula.noise,
+        ladder=formula.ladder,
+        draws=formula.draws,
+        width=formula.width,
+        data_guidance=formula.data_guidance,
+        xp=xp,
+    )
+    error = samples - xp.reshape(innovation, (-1, 1, size))
+    squared = xp.mean(xp.reshape(error * error, (-1, levels, formula.draws, size)), axis=2)
+    return xp.reshape(squared @ formula.bands, (-1, levels * formula.bands.shape[1]))
+
+
+def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any:
+    """Squared distance to the predicted class's mean over that to the nearest other class's, per tap: (N, W) -> (N, K)."""
+    classes, size = formula.guidance.means.shape
+    taps = size // formula.width
+    means = formula.guidance.means.reshape(classes, taps, formula.width)
+    z = xp.reshape(latents, (-1, taps, formula.width))
+    length = xp.reshape(xp.sum(z * z, axis=2), (-1, taps, 1))
+    cross = xp.einsum("nkd,ckd->nkc", z, means)
+    distance = length - 2.0 * cross + np.sum(means**2, axis=2).T  # (N, K, C)
+    hot = xp.reshape(label, (-1, 1, classes))
+    own = xp.sum(distance * hot, axis=2)
+    other = xp.amin(distance + FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0)), axis=2)
+    return xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
+
+
+def fit_surprise(log_distances: NDArray[np.float64]) -> Surprise:
+    """Fit ``-log p`` on clean images: empirical up to the 90th percentile, an exponential tail above it.
+
+    Args:
+        log_distances: (n, E) of clean images that did not fit the chain or the denoiser.
+    """
+    knots = np.quantile(log_distances, QUANTILES, axis=0).T  # (E, J)
+    steps = np.maximum(np.diff(knots, axis=1), 1e-6)
+    knots = np.concatenate([knots[:, :1], knots[:, :1] + np.cumsum(steps, axis=1)], axis=1)
+    heights = -np.log(1.0 - np.array(QUANTILES))
+    excess = np.maximum(log_distances - knots[:, -1], 0.0).sum(axis=0) / max(1.0, TAIL * len(log_distances))
+    slope = np.diff(heights) / steps
+    tail = 1.0 / np.maximum(excess, 1e-3)
+    slope = np.concatenate([slope, tail[:, None]], axis=1)
+    return Surprise(knots, np.diff(slope, axis=1, prepend=0.0))
+
+
+def find_surprise(surprise: Surprise, log_distances: Any, xp: Any) -> Any:
+    """(N, E) log distances -> (N, E) ``-log p``, zero for what is nearer than any clean image."""
+    pieces = surprise.knots.shape[0]
+    above = xp.maximum(xp.reshape(log_distances, (-1, pieces, 1)) - surprise.knots, 0.0)
+    return xp.sum(above * surprise.slopes, axis=2)
+
+
+def weigh_evidence(evidence: list[Evidence]) -> NDArray[np.float64]:
+    """(E,) weights that sum to one: strangeness and mismatch count alike, however many bands there are."""
+    kinds = [e.kind for e in evidence]
+    return np.array([1.0 / (kinds.count(kind) * len(set(kinds))) for kind in kinds])
+
+
+def combine(surprises: Any, weights: NDArray[np.float64], xp: Any) -> Any:
+    """(N, E) -> (N,): root of the weighted mean of squared ``-log p``; one-sided, so less strange than usual costs nothing."""
+    return xp.sqrt(xp.sum(surprises * surprises * weights, axis=1))

@@ -1,0 +1,117 @@
+"""Talking to the server from inside a served model: read requests, call other models, make responses."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+CODES: Final = ("INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "CANCELLED", "UNSUPPORTED", "ALREADY_EXISTS", "UNKNOWN")
+
+
+class CallError(Exception):
+    """Another model of the server failed or did not answer completely; ``code`` is the name of a code of ``TritonError``."""
+
+    def __init__(self, model: str, reason: str, code: str = "INTERNAL") -> None:
+        super().__init__(f"{model}: {reason}")
+        self.model, self.reason, self.code = model, reason, code
+
+    @property
+    def public(self) -> str:
+        """What a client may read: the reason where the input is at fault, else nothing of the server's inside."""
+        return f"{self.model}: {self.reason}" if self.code == "INVALID_ARG" else f"{self.model} failed"
+
+
+class RefusedError(Exception):
+    """A request gets an error instead of an answer; ``code`` is the name of a code of ``TritonError``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def call_model(
+    backend: Any, model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], timeout_us: int = 0
+) -> list[NDArray[Any]]:
+    """Call another model of this server and check its answer; no other line of Diffense makes such a call.
+
+    Args:
+        backend: the server's module.
+        model: name of the model to call.
+        inputs: tensor name -> array.
+        outputs: names of the wanted outputs.
+        timeout_us: microseconds that the called model may use, 0 for no limit; the guard keeps to it, ONNX models do not.
+
+    Returns:
+        The wanted outputs, in order.
+
+    Raises:
+        CallError: the call failed or an output is missing.
+    """
+    tensors = [backend.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()]
+    request = backend.InferenceRequest(
+        model_name=model, requested_output_names=list(outputs), inputs=tensors, timeout=timeout_us
+    )
+    try:
+        response = request.exec()
+    except Exception as error:  # the backend raises its own type, which exists only inside the server
+        raise CallError(model, str(error)) from None
+    if response.has_error():
+        error = response.error()
+        code = next((name for name in CODES if error.code() == getattr(backend.TritonError, name)), "INTERNAL")
+        raise CallError(model, error.message(), code)
+    found = {tensor.name(): tensor for tensor in response.output_tensors()}
+    missing = [name for name in outputs if name not in found]
+    if missing:
+        raise CallError(model, f"gave no {', '.join(missing)}")
+    return [found[name].as_numpy() for name in outputs]
+
+
+def read_inputs(request: Any, wanted: Sequence[str]) -> Arrays:
+    """Read the inputs of a request.
+
+    Raises:
+        RefusedError: one is missing.
+    """
+    arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise RefusedError("INVALID_ARG", f"input {', '.join(missing)} is missing")
+    return arrays
+
+
+def respond(backend: Any, request: Any, outputs: Mapping[str, NDArray[Any]]) -> Any:
+    """Make a response of those outputs that the request asks for."""
+    wanted = set(request.requested_output_names())
+    tensors = [
+        backend.Tensor(name, np.ascontiguousarray(array)) for name, array in outputs.items() if name in wanted
+    ]
+    return backend.InferenceResponse(output_tensors=tensors)
+
+
+def refuse(backend: Any, error: RefusedError) -> Any:
+    """Make an error response; each response has an error object of its own, a shared one reaches clients garbled."""
+    code = getattr(backend.TritonError, error.code)
+    return backend.InferenceResponse(error=backend.TritonError(error.message, code))
+
+
+def read_parameters(model_config: str) -> dict[str, str]:
+    """Read the ``parameters`` of a model's config, as the server hands it to ``initialize`` (JSON)."""
+    parameters: dict[str, dict[str, str]] = json.loads(model_config).get("parameters", {})
+    return {name: entry["string_value"] for name, entry in parameters.items()}
+
+
+def split_rows(array: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
+    """Cut stacked rows back into one piece a request."""
+    return np.split(array, np.cumsum(sizes)[:-1])
+
+
+def find_row_errors(latents: NDArray[np.float32]) -> str | None:
+    """Say which images of a request hold NaN or infinite values, which the latents graph passes on; else None."""
+    rows = np.flatnonzero(~np.isfinite(latents).all(axis=1))
+    if not len(rows):
+        return None
+    shown = ", ".join(str(row) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
+    return f"image {shown} of the request holds NaN or infinite values (images count from 0)"

@@ -1,0 +1,193 @@
+"""The served gateway: production answers first, the verdict has a time budget, and a policy says what a flag does."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense import names
+from diffense.health import REQUEST_ID
+from diffense.serving.budget import Budget, OverBudgetError
+from diffense.serving.calls import (
+    Arrays,
+    CallError,
+    RefusedError,
+    call_model,
+    find_row_errors,
+    read_inputs,
+    refuse,
+    respond,
+    split_rows,
+)
+from diffense.serving.meter import Meter
+from diffense.serving.policy import replace_outputs
+from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.serving.verdicts import VerdictRows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One readable request of a batch; ``seconds`` is the time that its client gives, None for any."""
+
+    place: int
+    request: Any
+    images: NDArray[Any]
+    seconds: float | None
+
+
+Verdict = VerdictRows | RefusedError
+
+
+class GatewayService:
+    """Answers batches of requests with production outputs and, when there is time, verdicts.
+
+    Args:
+        backend: the server's module.
+        wiring: the models behind the gateway.
+        options: policy and budget.
+        meter: where images without a verdict are counted.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        wiring: Wiring,
+        options: GatewayOptions,
+        meter: Meter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend, self.wiring, self.options, self.meter, self.clock = backend, wiring, options, meter, clock
+        self.budget = Budget(options.budget_ms / 1000, clock)
+
+    def close(self) -> None:
+        """Let go of calls that are still under way."""
+        self.budget.close()
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request of a batch, in order; whatever happens, each gets a response of its own."""
+        responses: list[Any] = [None] * len(requests)
+        stacks: dict[tuple[int, ...], list[Job]] = {}
+        for place, request in enumerate(requests):
+            try:
+                job = self._open(place, request)
+                stacks.setdefault(job.images.shape[1:], []).append(job)
+            except RefusedError as error:
+                responses[place] = refuse(self.backend, error)
+        for jobs in stacks.values():
+            for job, response in zip(jobs, self._answer_stack(jobs), strict=True):
+                responses[job.place] = response
+        return responses
+
+    def _open(self, place: int, request: Any) -> Job:
+        if request.is_cancelled():
+            raise RefusedError("CANCELLED", "the request was cancelled")
+        images = read_inputs(request, [self.wiring.input])[self.wiring.input]
+        limit = request.timeout()
+        return Job(place, request, images, limit / 1e6 if limit else None)
+
+    def _answer_stack(self, jobs: Sequence[Job]) -> list[Any]:
+        sizes = [len(job.images) for job in jobs]
+        images = np.concatenate([job.images for job in jobs])
+        try:
+            outputs, latents = self._ask_production(images)
+            pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
+        except CallError as error:
+            self.backend.Logger.log_error(f"production failed: {error}")
+            return [refuse(self.backend, RefusedError(error.code, error.public)) for _ in jobs]
+        parts = [{name: rows[place] for name, rows in pieces.items()} for place in range(len(jobs))]
+        verdicts = self._judge(jobs, images, parts, latents)
+        return [self._close(job, part, verdict) for job, part, verdict in zip(jobs, parts, verdicts, strict=True)]
+
+    def _ask_production(self, images: NDArray[Any]) -> tuple[Arrays, NDArray[np.float32] | None]:
+        """Production outputs, and the latents where the same graph gives them."""
+        outputs = list(self.wiring.outputs)
+        if self.wiring.shared:
+            try:
+                *found, latents = call_model(
+                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, names.LATENTS]
+                )
+                return dict(zip(outputs, found, strict=True)), latents
+            except CallError as error:
+                # The untouched model is loaded as well, and without latents there is just no verdict.
+                self.backend.Logger.log_error(f"asking {self.wiring.model} instead: {error}")
+        found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs)
+        return dict(zip(outputs, found, strict=True)), None
+
+    def _judge(
+        self, jobs: Sequence[Job], images: NDArray[Any], parts: Sequence[Arrays], latents: NDArray[np.float32] | None
+    ) -> list[Verdict]:
+        limits = [job.seconds for job in jobs if job.seconds is not None]
+        try:
+            return self.budget.run(
+                lambda deadline: self._ask_guard(jobs, images, parts, latents, deadline),
+                max(limits) if len(limits) == len(jobs) else None,
+            )
+        except OverBudgetError as error:
+            reason = error.reason
+        except Exception as error:  # the gateway hands the production outputs on, whatever happens to the verdict
+            self.backend.Logger.log_error(f"no verdict: {error!r}")
+            reason = "internal"
+        for job in jobs:
+            if job.request.request_id() != REQUEST_ID:
+                self.meter.count_unscored(reason, len(job.images))
+        return [VerdictRows.make_unscored(len(job.images), reason) for job in jobs]
+
+    def _ask_guard(
+        self,
+        jobs: Sequence[Job],
+        images: NDArray[Any],
+        parts: Sequence[Arrays],
+        latents: NDArray[np.float32] | None,
+        deadline: float,
+    ) -> list[Verdict]:
+        if latents is None:
+            inputs = {self.wiring.input: images}
+            (latents,) = call_model(self.backend, self.wiring.latents_model, inputs, [names.LATENTS])
+        rows = split_rows(latents, [len(job.images) for job in jobs])
+        errors = [find_row_errors(piece) for piece in rows]
+        good = [place for place, error in enumerate(errors) if error is None]
+        verdicts: list[Verdict] = [RefusedError("INVALID_ARG", error or "") for error in errors]
+        left = deadline - self.clock()
+        if left <= 0:
+            raise OverBudgetError("budget")
+        if not good:
+            return verdicts
+        stacked = {raw: np.concatenate([parts[place][name] for place in good]) for raw, name in self.wiring.raw.items()}
+        stacked[names.LATENTS] = np.concatenate([rows[place] for place in good])
+        columns = call_model(
+            self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us=max(1, int(left * 1e6))
+        )
+        scores, p_values, flagged = (column.reshape(-1) for column in columns)
+        reasons = ["guard" if value == names.UNSCORED else "" for value in flagged]
+        answers = VerdictRows(scores, p_values, flagged, reasons).split([len(rows[place]) for place in good])
+        for place, answer in zip(good, answers, strict=True):
+            verdicts[place] = answer
+        return verdicts
+
+    def _close(self, job: Job, outputs: Arrays, verdict: Verdict) -> Any:
+        try:
+            if job.request.is_cancelled():
+                raise RefusedError("CANCELLED", "the request was cancelled")
+            if isinstance(verdict, RefusedError):
+                raise verdict
+            self._check_policy(verdict)
+        except RefusedError as error:
+            return refuse(self.backend, error)
+        if self.options.policy == "abstain":
+            hidden = verdict.flagged == names.FLAGGED_YES
+            even = {self.wiring.logits} if self.wiring.probabilities else set()
+            outputs = {name: replace_outputs(array, hidden, even=name in even) for name, array in outputs.items()}
+        return respond(self.backend, job.request, {**outputs, **verdict.to_tensors()})
+
+    def _check_policy(self, verdict: VerdictRows) -> None:
+        if self.options.closed and (verdict.flagged == names.UNSCORED).any():
+            reason = next(reason for reason in verdict.reasons if reason)
+            raise RefusedError("UNAVAILABLE", f"the guard gave no verdict ({reason}), and this gateway is closed then")
+        rows = np.flatnonzero(verdict.flagged == names.FLAGGED_YES)
+        if self.options.policy == "reject" and len(rows):
+            shown = ", ".join(map(str, rows.tolist()))
+            raise RefusedError("INVALID_ARG", f"the guard flagged image {shown} of the request (images count from 0)")

@@ -1,0 +1,69 @@
+"""The target with its latents: run at fit time for pooled features, written as one graph with one more output."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from diffense.clean import CleanSet, Run
+from diffense.graphs import open_session, run_batched, save_graph
+from diffense.guidance import Kind, fit_guidance, split_mean
+from diffense.images import Preprocessing
+from diffense.latent import Whitening, append_latents, append_pooling, fit_whitening
+from diffense.taps import Tap
+from diffense.target import Target
+
+
+def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessing) -> Run:
+    """Give a function from pixels to float64 logits and pooled features of each tap."""
+    model = target.load_graph()
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    pooled = append_pooling(model.graph, taps, [values[tap.name] for tap in taps])
+    for value in pooled:
+        value.dtype = ir.DataType.FLOAT
+        if not value.is_graph_output():
+            model.graph.outputs.append(value)
+    names = [target.logits, *(str(value.name) for value in pooled)]
+    session = open_session(model)
+
+    def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
+        logits, *features = run_batched(session, preprocessing.apply(images), names, target.batch)
+        return logits.reshape(len(images), -1).astype(np.float64), [f.astype(np.float64) for f in features]
+
+    return run
+
+
+def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[Whitening], NDArray[np.float64]]:
+    """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap."""
+    whitenings = []
+    for pooled in clean.pooled:
+        guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
+        whitenings.append(fit_whitening(pooled, split_mean(guidance, pooled, clean.logits, probabilities)[1]))
+    width = max(w.directions.shape[1] for w in whitenings)
+    latents = np.zeros((len(clean.source), len(whitenings) * width))
+    for tap, (pooled, w) in enumerate(zip(clean.pooled, whitenings, strict=True)):
+        latents[:, tap * width : tap * width + w.directions.shape[1]] = (pooled - w.mean) @ w.directions
+    return whitenings, latents
+
+
+def write_tapped(target: Target, taps: Sequence[Tap], whitenings: Sequence[Whitening], width: int, path: Path) -> None:
+    """Write the whole target with the latents as one more output."""
+    model = target.load_graph()
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    pooled = append_pooling(model.graph, taps, [values[tap.name] for tap in taps])
+    append_latents(model.graph, pooled, whitenings, width, target)
+    save_graph(model, path)
+
+
+def compare_shared(
+    target: Target, tapped: Path, preprocessing: Preprocessing, images: NDArray[np.uint8]
+) -> tuple[bool, float, bool]:
+    """Say whether the extra output moved the logits on the clean images: bit-identical, largest difference, same labels."""
+    inputs = preprocessing.apply(images)
+    before, after = (
+        run_batched(open_session(path), inputs, [target.logits], target.batch)[0] for path in (target.path, tapped)
+    )
+    same = bool(np.array_equal(before.reshape(len(inputs), -1).argmax(1), after.reshape(len(inputs), -1).argmax(1)))
+    return bool(np.array_equal(before, after)), float(np.abs(before - after).max()), same

@@ -1,0 +1,255 @@
+"""Builds all model folders of one guarded classifier: graphs, served code and configs."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import onnx_ir as ir
+
+from diffense import names
+from diffense.errors import ExportError
+from diffense.graphs import load_model
+from diffense.guard import Guard
+from diffense.manifest import Tensor
+from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.signature import describe_tensor
+from diffense.target import TensorSpec, open_session, save_graph
+from diffense.templates import find_templates
+from diffense_export.configs import CONFIG_FILE, ConfigWriter, Step, format_config
+from diffense_export.parity import Exported
+from diffense_export.scorer import build_scorer
+
+VERSION: Final = "1"
+MODEL_FILE: Final = "model.onnx"
+
+
+@dataclass(frozen=True)
+class FamilyOptions:
+    """Options of `diffense_export.repository.export_guard`."""
+
+    placement: Literal["separate", "shared"]
+    loop: Literal["bls", "fused"]
+    gateway: bool
+    gateway_options: GatewayOptions
+    production: bool
+    max_batch_size: int
+    instances: int
+    threads: int
+
+
+class FamilyBuilder:
+    """Builds into a stage folder.
+
+    Args:
+        guard: the fitted guard.
+        target: the classifier's ONNX file.
+        stage: empty folder.
+        model: name of the production model.
+        options: what to build.
+        limit: ``max_batch_size`` of a production model that stands in the repository already.
+    """
+
+    def __init__(
+        self, guard: Guard, target: Path, stage: Path, model: str, options: FamilyOptions, limit: int | None
+    ) -> None:
+        self.guard, self.target, self.stage, self.model, self.options = guard, target, stage, model, options
+        self.shared = options.placement == "shared"
+        self.max_batch_size = self._choose_batch(limit)
+        self.writer = ConfigWriter(model, self.max_batch_size, options.instances, options.threads)
+        manifest = guard.manifest
+        self.input = self._pin(manifest.input)
+        self.outputs = [self._pin(output) for output in manifest.outputs]
+        self.verdicts = [
+            self._pin(TensorSpec(name, dtype, (None, 1)))
+            for name, dtype in zip(names.VERDICT_TENSORS, ("float32", "float32", "uint8"), strict=True)
+        ]
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The models and the tensors between them."""
+        fused = self.options.loop == "fused"
+        suffix = names.SCORER_SUFFIX if fused else names.DENOISER_SUFFIX if self.guard.scorer.needs_denoiser else None
+        return Wiring(
+            model=self.model,
+            outputs=tuple(output.name for output in self.outputs),
+            logits=self.guard.manifest.logits,
+            loop=self.options.loop,
+            callee=self.model + suffix if suffix else "",
+            latents_model=self.model + (names.TAPPED_SUFFIX if self.shared else names.FEATURES_SUFFIX),
+            shared=self.shared,
+            input=self.input.name,
+            probabilities=self.guard.manifest.probabilities,
+        )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the model folders, those that others depend on first."""
+        made = [self.model] if self.options.production else []
+        made += [name for name in (self.wiring.latents_model, self.wiring.callee) if name]
+        made += [self.model + names.GUARD_SUFFIX]
+        made += [self.model + names.GATEWAY_SUFFIX] if self.options.gateway else []
+        return (*made, self.model + names.GUARDED_SUFFIX)
+
+    def build(self) -> Exported:
+        """Write every model folder into the stage.
+
+        Raises:
+            ExportError: tensors whose names collide, or of a type that Triton's Python backend lacks.
+        """
+        guarded = self._make_ensemble()
+        manifest = self.guard.manifest
+        if self.options.production:
+            copy_graph(self.target, self._make_version(self.model))
+            self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
+        latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
+        if self.shared:
+            copy_graph(self.guard.tapped_path, latents.parent)
+        else:
+            save_graph(cut_graph(self.guard.tapped_path, manifest.input.name, names.LATENTS), latents)
+        outputs = [*(self.outputs if self.shared else ()), self.latents]
+        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image))
+        callee = self._build_callee() if self.wiring.callee else None
+        self._build_guard()
+        if self.options.gateway:
+            self._build_gateway()
+        self._make_version(guarded.name)
+        self._write(guarded)
+        (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
+        fused = self.options.loop == "fused"
+        target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
+        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None)
+
+    @property
+    def latents(self) -> TensorSpec:
+        """The latents, as every model of the family states them."""
+        return self._pin(TensorSpec(names.LATENTS, "float32", (None, self.guard.manifest.latent_dim)))
+
+    @property
+    def _image(self) -> tuple[int, ...]:
+        preprocessing = self.guard.preprocessing
+        size, channels = preprocessing.size, preprocessing.channels
+        return (channels, *size) if preprocessing.layout == "NCHW" else (*size, channels)
+
+    @property
+    def _raw(self) -> list[TensorSpec]:
+        by_name = {output.name: output for output in self.outputs}
+        return [TensorSpec(raw, by_name[name].dtype, by_name[name].shape) for raw, name in self.wiring.raw.items()]
+
+    def _choose_batch(self, limit: int | None) -> int:
+        manifest = self.guard.manifest
+        tensors = (manifest.input, *manifest.outputs)
+        if not all(tensor.shape and tensor.shape[0] is None for tensor in tensors):
+            if limit:
+                raise ExportError(f"{self.model} has max_batch_size {limit}, but its graph has tensors of fixed first size")
+            return 0
+        if limit is not None:
+            return min(limit, self.options.max_batch_size)
+        # A graph may declare a free batch and hold a fixed one inside.
+        return min(manifest.batch or self.options.max_batch_size, self.options.max_batch_size)
+
+    def _pin(self, tensor: Tensor | TensorSpec) -> TensorSpec:
+        shape, batch = tensor.shape, self.guard.manifest.batch
+        if not self.max_batch_size and shape and shape[0] is None and batch is not None:
+            shape = (batch, *shape[1:])
+        return TensorSpec(tensor.name, tensor.dtype, shape)
+
+    def _make_version(self, model: str) -> Path:
+        version = self.stage / model / VERSION
+        version.mkdir(parents=True)
+        return version
+
+    def _write(self, config: Any) -> None:
+        (self.stage / config.name / CONFIG_FILE).write_text(format_config(config), encoding="utf-8")
+
+    def _build_callee(self) -> Path:
+        path = self._make_version(self.wiring.callee) / MODEL_FILE
+        if self.options.loop == "fused":
+            save_graph(build_scorer(self.guard), path)
+        elif self.guard.denoiser_path is not None:
+            copy_graph(self.guard.denoiser_path, path.parent)
+        session = open_session(path, optimize=False)
+        ends = [[_free_batch(describe_tensor(node)) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())]
+        self._write(self.writer.make_onnx(self.wiring.callee, *ends))
+        return path
+
+    def _build_guard(self) -> None:
+        name = self.model + names.GUARD_SUFFIX
+        version = self._make_version(name)
+        shutil.copyfile(find_templates() / "guard" / "model.py", version / "model.py")
+        for file in (names.MANIFEST_FILE, names.ARRAYS_FILE):
+            shutil.copyfile(self.guard.directory / file, version / file)
+        inputs, outputs = [*self._raw, self.latents], [*self.outputs, *self.verdicts]
+        self._write(self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters()))
+
+    def _build_gateway(self) -> None:
+        name = self.model + names.GATEWAY_SUFFIX
+        shutil.copyfile(find_templates() / "gateway" / "model.py", self._make_version(name) / "model.py")
+        parameters = {
+            **self._client_parameters,
+            **self.wiring.to_parameters(),
+            **self.options.gateway_options.to_parameters(),
+        }
+        self._write(self.writer.make_python(name, [self.input], [*self.outputs, *self.verdicts], parameters))
+
+    def _make_ensemble(self) -> Any:
+        raw = {output: name for name, output in self.wiring.raw.items()}
+        image = {self.input.name: self.input.name}
+        latents = {names.LATENTS: names.LATENTS}
+        if self.shared:
+            front = [Step(self.wiring.latents_model, image, {**raw, **latents})]
+        else:
+            front = [Step(self.model, image, raw), Step(self.wiring.latents_model, image, latents)]
+        # The guard hands the production outputs through: a tensor that is an output of the ensemble and an input of a
+        # later step makes every request for a part of the outputs fail (Triton issue 7482).
+        shown = [spec.name for spec in (*self.outputs, *self.verdicts)]
+        inputs = {name: name for name in (*self.wiring.raw, names.LATENTS)}
+        last = Step(self.wiring.guard_model, inputs, {name: name for name in shown})
+        return self.writer.make_ensemble(
+            self.model + names.GUARDED_SUFFIX,
+            [self.input],
+            [*self.outputs, *self.verdicts],
+            [*front, last],
+            self._client_parameters,
+        )
+
+    @property
+    def _client_parameters(self) -> dict[str, str]:
+        manifest = self.guard.manifest
+        return {
+            names.GUARD_ID_PARAMETER: self.guard.guard_id,
+            names.PREPROCESSING_PARAMETER: self.guard.preprocessing.model_dump_json(),
+            names.LOGITS_PARAMETER: manifest.logits,
+            names.ALPHA_PARAMETER: json.dumps(manifest.alpha),
+        }
+
+
+def copy_graph(source: Path, version: Path) -> None:
+    """Copy an ONNX file as `MODEL_FILE`, byte for byte, with its external data files under their own names."""
+    # Copies, not links: training scripts write over their ONNX file in place, and a server may have it mapped.
+    shutil.copyfile(source, version / MODEL_FILE)
+    for location in _list_external(load_model(source)):
+        if Path(location).name == MODEL_FILE:
+            raise ExportError(f"{source} keeps weights in {location}, the name of the served file; rename that file")
+        (version / location).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.parent / location, version / location)
+
+
+def cut_graph(source: Path, start: str, end: str) -> ir.Model:
+    """The part of a graph between one input and one tensor."""
+    model = load_model(source)
+    graph = ir.convenience.extract(model.graph, [start], [end])
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+
+
+def _list_external(model: ir.Model) -> Sequence[str]:
+    values = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return sorted({str(value.location) for value in values if isinstance(value, ir.ExternalTensor)})
+
+
+def _free_batch(spec: TensorSpec) -> TensorSpec:
+    """The guard calls with as many rows as it can score, whatever batch the target has."""
+    return replace(spec, shape=(None, *spec.shape[1:]))

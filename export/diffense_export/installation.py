@@ -1,0 +1,79 @@
+"""Moves finished model folders into a repository: each at one stroke, all or none, and never over a stranger's."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffense.errors import ExportError
+from diffense_export.configs import read_family
+
+
+@contextlib.contextmanager
+def open_stage(repository: Path) -> Iterator[Path]:
+    """Make an empty folder on the repository's own file system, gone afterwards.
+
+    Raises:
+        ExportError: nothing can be written there.
+    """
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        home = repository.resolve()
+        # Beside the repository, since a server takes every folder inside it for a model.
+        parent = home.parent
+        beside = parent.stat().st_dev == home.stat().st_dev and os.access(parent, os.W_OK)
+        stage = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=parent if beside else home))
+    except OSError as error:
+        raise ExportError(f"cannot write to {repository}: {error.strerror}") from None
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def list_family(repository: Path, family: str) -> list[str]:
+    """Model folders in the repository that earlier exports wrote for this production model."""
+    return sorted(folder.name for folder in repository.iterdir() if folder.is_dir() and read_family(folder) == family)
+
+
+def check_free(repository: Path, family: str, models: Sequence[str]) -> None:
+    """Make sure that every folder about to be replaced is one that an export for this production model wrote.
+
+    Raises:
+        ExportError: a folder of that name is somebody else's.
+    """
+    for model in models:
+        place = repository / model
+        if (place.exists() or place.is_symlink()) and read_family(place) != family:
+            hint = "--no-production to leave it alone, or " if model == family else ""
+            raise ExportError(
+                f"{place} exists and was not written by `diffense export --model {family}`; choose {hint}another --model"
+            )
+
+
+def install_models(stage: Path, repository: Path, models: Sequence[str], stale: Sequence[str]) -> None:
+    """Move models from the stage into the repository, in order, and take stale ones away.
+
+    Raises:
+        ExportError: a folder could not be moved; what stood there before stands there again.
+    """
+    attic = stage / "replaced"
+    attic.mkdir()
+    installed: list[str] = []
+    replaced: list[str] = []
+    try:
+        for model in (*models, *stale):
+            if (repository / model).exists():
+                (repository / model).rename(attic / model)
+                replaced.append(model)
+            if model in models:
+                (stage / model).rename(repository / model)
+                installed.append(model)
+    except OSError as error:
+        for model in installed:
+            shutil.rmtree(repository / model)
+        for model in replaced:
+            (attic / model).rename(repository / model)
+        raise ExportError(f"cannot write to {repository}: {error.strerror}; it is as it was before") from None

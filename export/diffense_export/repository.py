@@ -1,0 +1,156 @@
+"""Writes a guard and its target as the models of one family into a Triton repository."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+import diffense
+from diffense import names
+from diffense.errors import ExportError, WrongTargetError
+from diffense.guard import Guard
+from diffense.serving.settings import GatewayOptions
+from diffense.target import hash_target
+from diffense_export.family import FamilyBuilder, FamilyOptions
+from diffense_export.installation import check_free, install_models, list_family, open_stage
+from diffense_export.parity import ParityReport, check_parity
+from diffense_export.production import read_batch_limit
+
+EXPORT_FILE: Final = "diffense_export.json"
+LONGEST_NAME: Final = 200
+
+
+class ExportManifest(BaseModel):
+    """What was exported, from what, and how near it is to its source; lies in the guarded model's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    diffense_version: str
+    guard_id: str
+    target_sha256: str
+    placement: Literal["separate", "shared"]
+    loop: Literal["bls", "fused"]
+    max_batch_size: int
+    models: tuple[str, ...]
+    parity: ParityReport
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of an export.
+
+    Attributes:
+        repository: where to.
+        models: model folders that were written, or with ``dry_run`` would have been.
+        removed: model folders of an earlier export that have no place in this one.
+        manifest: what the guarded model's folder says.
+        dry_run: whether nothing was installed.
+    """
+
+    repository: Path
+    models: tuple[str, ...]
+    removed: tuple[str, ...]
+    manifest: ExportManifest
+    dry_run: bool
+
+
+def export_guard(
+    guard: Guard,
+    target: Path,
+    repository: Path,
+    model: str,
+    *,
+    placement: Literal["separate", "shared"] = "separate",
+    loop: Literal["bls", "fused"] = "bls",
+    gateway: bool = True,
+    gateway_options: GatewayOptions | None = None,
+    production: bool = True,
+    max_batch_size: int = 32,
+    instances: int = 1,
+    threads: int = 0,
+    clean: NDArray[np.uint8] | None = None,
+    dry_run: bool = False,
+) -> ExportReport:
+    """Write the models of one guarded classifier; all of them, or none.
+
+    Every graph has to pass the parity gate first. An earlier export for the same model is replaced.
+
+    Args:
+        guard: the fitted guard.
+        target: the classifier's ONNX file.
+        repository: Triton's model repository; made when missing.
+        model: name of the production model; the others are called after it.
+        placement: ``separate`` computes the latents in a graph of their own, ``shared`` in one with the outputs.
+        loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps.
+        gateway: also write the gateway.
+        gateway_options: its policy and budget.
+        production: False leaves the model that stands in the repository alone; it must be the guard's target.
+        max_batch_size: most images of a request, and of a stack of requests. Classifiers of one fixed batch keep that.
+        instances: copies of each model.
+        threads: threads of each graph, 0 for the runtime's choice.
+        clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
+        dry_run: do everything except the installation.
+
+    Raises:
+        WrongTargetError: the guard belongs to another classifier.
+        ParityError: an exported graph differs from its source.
+        ExportError: a name, a tensor or a folder stands in the way.
+    """
+    _check_name(model)
+    if max_batch_size < 1:
+        raise ExportError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+    if hash_target(target) != guard.manifest.target_sha256:
+        raise WrongTargetError(f"{target} is not {guard.manifest.target_name}, which the guard was fitted on")
+    limit = None if production else read_batch_limit(repository / model, guard)
+    options = FamilyOptions(
+        placement, loop, gateway, gateway_options or GatewayOptions(), production, max_batch_size, instances, threads
+    )
+    with open_stage(repository) as stage:
+        builder = FamilyBuilder(guard, target, stage, model, options, limit)
+        check_free(repository, model, builder.models)
+        exported = builder.build()
+        manifest = ExportManifest(
+            diffense_version=diffense.__version__,
+            guard_id=guard.guard_id,
+            target_sha256=guard.manifest.target_sha256,
+            placement=placement,
+            loop=loop,
+            max_batch_size=builder.max_batch_size,
+            models=builder.models,
+            parity=check_parity(guard, exported, clean),
+        )
+        text = manifest.model_dump_json(indent=1) + "\n"
+        (stage / (model + names.GUARDED_SUFFIX) / EXPORT_FILE).write_text(text, encoding="utf-8")
+        stale = _list_stale(list_family(repository, model), builder.models, kept=() if production else (model,))
+        if not dry_run:
+            install_models(stage, repository, builder.models, stale)
+    return ExportReport(repository, builder.models, stale, manifest, dry_run)
+
+
+def read_export(repository: Path, model: str) -> ExportManifest:
+    """Read what an export wrote about itself.
+
+    Raises:
+        ExportError: there is no export for this model, or by another version.
+    """
+    path = repository / (model + names.GUARDED_SUFFIX) / EXPORT_FILE
+    try:
+        return ExportManifest.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        raise ExportError(f"{path} is no export manifest of this version; export the guard again") from None
+
+
+def _list_stale(found: Sequence[str], written: Sequence[str], kept: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in found if name not in written and name not in kept)
+
+
+def _check_name(model: str) -> None:
+    printable = model.isprintable() and not set(model) & set('/\\"')
+    if not model or not printable or model != model.strip() or model.startswith(".") or len(model) > LONGEST_NAME:
+        raise ExportError(
+            f"{model!r} cannot be a model's name: no slashes, quotes, control characters, blank ends or leading dot, "
+            f"1 to {LONGEST_NAME} characters"
+        )

@@ -1,0 +1,32 @@
+"""The gateway as Triton's Python backend runs it: life cycle only, the rest is in `diffense.serving`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from diffense.serving.calls import read_parameters
+from diffense.serving.gateway import GatewayService
+from diffense.serving.meter import Meter
+from diffense.serving.settings import GatewayOptions, Wiring
+
+
+class TritonPythonModel:
+    """One instance of the gateway."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the wiring and the policy, and register the metrics."""
+        parameters = read_parameters(args["model_config"])
+        try:
+            wiring, options = Wiring.from_parameters(parameters), GatewayOptions.from_parameters(parameters)
+        except ValueError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self.service = GatewayService(pb_utils, wiring, options, Meter(pb_utils, wiring.model))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch of requests."""
+        return self.service.answer(requests)
+
+    def finalize(self) -> None:
+        """Let go of calls that are still under way."""
+        self.service.close()
