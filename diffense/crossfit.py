@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from diffense.chain import Chain, assign_folds, fit_chain
 from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
 from diffense.manifest import NetworkReport
-from diffense.sampling import Denoise
+from diffense.sampling import Denoise, in_float32
 from diffense.scoring import Formula, measure
 
 Matrix = NDArray[np.float64]
@@ -132,6 +132,7 @@ def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, den
     """
     originals = np.arange(len(clean.source)) < clean.originals
     found = []
+    step = None if denoise is None else in_float32(denoise)
     for fold, (guidance, chain) in enumerate(crossed.parts):
         if denoise is not None and fold != VALIDATION_FOLD:
             continue
@@ -140,5 +141,5 @@ def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, den
             continue
         part = replace(formula, guidance=guidance, transform=chain.transform)
         logits = clean.logits[rows]
-        found.append(measure(part, logits, clean.latents[rows], one_hot(logits), denoise, np))
+        found.append(measure(part, logits, clean.latents[rows], one_hot(logits), step, np))
     return np.concatenate(found)

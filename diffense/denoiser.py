@@ -14,19 +14,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from diffense.names import GUIDE, NOISED, RESIDUAL, SAMPLE, SIGMA
-from diffense.onnx_arrays import OnnxNamespace
+from diffense.onnx_arrays import WEIGHT_PREFIX, OnnxNamespace
 from diffense.precond import scale
 
-HIDDEN: Final = 256
-BLOCKS: Final = 3
+HIDDEN: Final = 128
+BLOCKS: Final = 2
 PER_TAP: Final = "nmka,kab->nmkb"  # each tap with a matrix of its own
-SHALLOWER: Final = "shallower"  # (K, W) mask of the taps that tap k may see; the one entry that is not trained
+SHALLOWER: Final = "shallower"  # (K, W) mask of the taps that tap k may see
 NOISE_FREQUENCIES: Final = tuple(2.0**i for i in range(-2, 4))  # of c_noise, enough to tell sigma .1 from .12
+CONSTANTS: Final = frozenset({SHALLOWER, "frequencies", "phases"})  # stored with the weights, never trained
 
 
-def init_weights(
-    taps: int, width: int, guide: int, generator: np.random.Generator, hidden: int = HIDDEN
-) -> dict[str, NDArray[np.float32]]:
+def init_weights(taps: int, width: int, guide: int, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
     """Draw the starting weights; ``out`` and the modulations are zero.
 
     Args:
@@ -34,7 +33,6 @@ def init_weights(
         width: d, width of one tap.
         guide: G, entries of the label guide.
         generator: source of the random numbers.
-        hidden: H.
 
     Returns:
         Name -> float32 array, the order of names is fixed.
@@ -48,20 +46,22 @@ def init_weights(
 
     weights = {
         SHALLOWER: np.repeat(np.tril(np.ones((taps, taps), np.float32), -1), width, axis=1),
-        "context_residual": dense(taps * width, hidden, 0.5),
-        "context_guide": dense(guide, hidden, np.sqrt(guide)),
-        "context_tap": dense(taps, hidden, np.sqrt(taps)),
-        "context": dense(hidden, hidden),
-        "noise": dense(2 * len(NOISE_FREQUENCIES), hidden),
-        "in": np.stack([dense(width, hidden) for _ in range(taps)]),
-        "in_bias": zeros(hidden),
+        "frequencies": np.repeat(np.array(NOISE_FREQUENCIES, np.float32), 2),
+        "phases": np.tile(np.array([0, 1], np.float32), len(NOISE_FREQUENCIES)),
+        "context_residual": dense(taps * width, HIDDEN, 0.5),
+        "context_guide": dense(guide, HIDDEN, np.sqrt(guide)),
+        "context_tap": dense(taps, HIDDEN, np.sqrt(taps)),
+        "context": dense(HIDDEN, HIDDEN),
+        "noise": dense(2 * len(NOISE_FREQUENCIES), HIDDEN),
+        "in": np.stack([dense(width, HIDDEN) for _ in range(taps)]),
+        "in_bias": zeros(HIDDEN),
     }
     for block in range(BLOCKS):
-        weights[f"up_{block}"] = dense(hidden, hidden)
-        weights[f"shift_{block}"] = dense(hidden, hidden, 0.5)
-        weights[f"gain_{block}"] = zeros(hidden, hidden)
-        weights[f"down_{block}"] = dense(hidden, hidden, 0.5)
-    weights["out"] = zeros(taps, hidden, width)
+        weights[f"up_{block}"] = dense(HIDDEN, HIDDEN)
+        weights[f"shift_{block}"] = dense(HIDDEN, HIDDEN, 0.5)
+        weights[f"gain_{block}"] = zeros(HIDDEN, HIDDEN)
+        weights[f"down_{block}"] = dense(HIDDEN, HIDDEN, 0.5)
+    weights["out"] = zeros(taps, HIDDEN, width)
     weights["out_bias"] = zeros(taps, width)
     return weights
 
@@ -111,20 +111,17 @@ def denoise(
 
 def embed_rows(weights: Mapping[str, Any], scaled: Any, c_noise: Any, xp: Any) -> Any:
     """(N, M, K, d) scaled input and (N, M, K, 1) c_noise -> (N, M, K, H)."""
-    hidden = xp.einsum(PER_TAP, scaled, weights["in"]) + weights["in_bias"]
-    for i, frequency in enumerate(NOISE_FREQUENCIES):
-        phase = c_noise * frequency
-        hidden = hidden + xp.tanh(phase) * weights["noise"][2 * i] + xp.tanh(phase + 1.0) * weights["noise"][2 * i + 1]
-    return hidden
+    phases = xp.tanh(c_noise * weights["frequencies"] + weights["phases"])
+    return xp.einsum(PER_TAP, scaled, weights["in"]) + phases @ weights["noise"] + weights["in_bias"]
 
 
 def embed_context(weights: Mapping[str, Any], residual: Any, guide: Any, taps: int, width: int, xp: Any) -> Any:
     """(N, W) residual and (N, G) guide -> (N, 1, K, H); tap k is not shown its own nor any deeper latent."""
     seen = xp.reshape(residual, (-1, 1, taps * width)) * weights[SHALLOWER]
     context = seen @ weights["context_residual"] + weights["context_tap"]
-    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, weights["context"].shape[0]))
+    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, HIDDEN))
     context = silu(silu(context, xp) @ weights["context"], xp)
-    return xp.reshape(context, (-1, 1, taps, weights["context"].shape[0]))
+    return xp.reshape(context, (-1, 1, taps, HIDDEN))
 
 
 def predict(weights: Mapping[str, Any], hidden: Any, context: Any, xp: Any) -> Any:
@@ -156,5 +153,13 @@ def build_denoiser(
         xp.input(GUIDE, ["batch", guide_size]),
     ]
     noised, sigma, residual, guide = inputs
-    restored = denoise(weights, noised, sigma, residual, guide, shape=shape, label_guidance=label_guidance, xp=xp)
+    named = {name: xp.weight(name, array) for name, array in weights.items()}
+    restored = denoise(named, noised, sigma, residual, guide, shape=shape, label_guidance=label_guidance, xp=xp)
     return xp.build(inputs, {SAMPLE: (restored, ["batch", rows, taps * width])})
+
+
+def read_weights(model: ir.Model) -> dict[str, NDArray[np.float32]]:
+    """Take the weights out of a graph that `build_denoiser` made."""
+    values = model.graph.initializers.items()
+    tensors = {name.removeprefix(WEIGHT_PREFIX): v.const_value for name, v in values if name.startswith(WEIGHT_PREFIX)}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}

@@ -84,18 +84,22 @@ def name_axes(flow: Flow, shapes: Mapping[str, Sequence[int]], layout: str) -> d
     for node in flow.nodes:
         for value in node.outputs:
             name = str(value.name)
-            if name in shapes and (named := _name_output(node, shapes, axes, shapes[name])) is not None:
+            if name in shapes and (named := _name_output(node, flow.reads[node], shapes, axes, shapes[name])) is not None:
                 axes[name] = named
     return axes
 
 
 def _name_output(
-    node: ir.Node, shapes: Mapping[str, Sequence[int]], axes: Mapping[str, str], shape: Sequence[int]
+    node: ir.Node,
+    read: Sequence[ir.Value],
+    shapes: Mapping[str, Sequence[int]],
+    axes: Mapping[str, str],
+    shape: Sequence[int],
 ) -> str | None:
     rank = len(shape)
     if node.op_type in CHANNEL_SECOND:
         return {3: "NCT", 4: "NCHW"}.get(rank)
-    sources = [str(value.name) for value in node.inputs if value is not None and value.name in shapes]
+    sources = [str(value.name) for value in read if value.name in shapes]
     known = [axes[name] for name in sources if name in axes]
     if node.op_type == "Transpose" and sources:
         order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(rank)[::-1]
@@ -120,6 +124,6 @@ def _read_values(node: ir.Node) -> list[ir.Value]:
         else:
             continue
         for body in bodies:
-            values += body.outputs
-            values += (value for inner in body.all_nodes() for value in inner.inputs if value is not None)
+            values.extend(iter(body.outputs))
+            values.extend(value for inner in body.all_nodes() for value in inner.inputs if value is not None)
     return values

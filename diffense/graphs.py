@@ -26,7 +26,7 @@ def load_model(path: Path) -> ir.Model:
     """Read an ONNX file; weights in external files are mapped when they are used, not before.
 
     Graphs of IR versions before 4 are raised to version 8 without the initialisers among their inputs, and model-local
-    functions are inlined: both keep what is computed, and let nodes be appended and tensors be named.
+    functions are inlined and nodes sorted: all keep what is computed, and let nodes be appended and tensors be named.
 
     Raises:
         TargetError: the file is missing, is no ONNX graph, or an external data file is missing, too short or outside
@@ -36,12 +36,8 @@ def load_model(path: Path) -> ir.Model:
         raise TargetError(f"{path}: there is no such file")
     try:
         model = ir.from_proto(onnx.load(path, format="protobuf", load_external_data=False))
-    except (
-        Exception
-    ) as error:  # protobuf, onnx and onnx_ir share no base class for what a damaged file makes them raise
-        raise TargetError(
-            f"{path}: not an ONNX file, or a damaged one ({first_line(error)}); export it again"
-        ) from error
+    except Exception as error:  # protobuf, onnx and onnx_ir share no base class for what a damaged file makes them raise
+        raise TargetError(f"{path}: not an ONNX file, or a damaged one ({first_line(error)}); export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     _check_external(path, model)
     if model.ir_version < SEPARATE_INPUTS_IR:
@@ -49,6 +45,10 @@ def load_model(path: Path) -> ir.Model:
         model.ir_version = SAVED_IR
     if model.functions:
         passes.InlinePass()(model)
+    try:
+        model.graph.sort()  # onnxruntime takes nodes in any order, and float16 converters leave them so
+    except ValueError as error:
+        raise TargetError(f"{path}: the graph has a cycle; export it again") from error
     return model
 
 
@@ -104,9 +104,7 @@ def save_graph(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE
     partial.replace(path)
 
 
-def open_session(
-    model: Path | bytes | ir.Model, threads: int = 0, *, optimize: bool = True
-) -> onnxruntime.InferenceSession:
+def open_session(model: Path | bytes | ir.Model, threads: int = 0, *, optimize: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime session: on CUDA where the installed onnxruntime has it (without TF32), else on the CPU.
 
     A graph too large for one protobuf message goes through a temporary folder. No custom-op library is ever loaded.
@@ -130,9 +128,7 @@ def open_session(
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))
     try:
-        return onnxruntime.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=providers
-        )
+        return onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class
         what = model if isinstance(model, Path) else "the graph"
         raise TargetError(f"{what}: onnxruntime cannot load it ({first_line(error)})") from error
@@ -163,8 +159,7 @@ def run_batched(
     names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
     rows = array if len(array) else np.zeros((1, *array.shape[1:]), array.dtype)  # one run tells the shapes of no rows
     parts = [
-        _run_part(session, rows[i : i + (batch or batch_size)], names, batch)
-        for i in range(0, len(rows), batch or batch_size)
+        _run_part(session, rows[i : i + (batch or batch_size)], names, batch) for i in range(0, len(rows), batch or batch_size)
     ]
     return [np.concatenate(column)[: len(array)] for column in zip(*parts, strict=True)]
 

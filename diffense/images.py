@@ -55,9 +55,7 @@ class Preprocessing(BaseModel):
             raise ValueError(f"size is {self.size}; height and width are at least 1")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
-                raise ValueError(
-                    f"{name} has {len(values)} numbers; give one, or one for each of {self.channels} channels"
-                )
+                raise ValueError(f"{name} has {len(values)} numbers; give one, or one for each of {self.channels} channels")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; its numbers must be above 0")
         return self
@@ -78,9 +76,7 @@ class Preprocessing(BaseModel):
         if images.dtype != np.uint8:
             raise ImageError(f"images are {images.dtype}; hand over pixels from 0 to 255 as uint8")
         if images.ndim != 4 or images.shape[1:] != expected:
-            raise ImageError(
-                f"images have shape {images.shape}; this target takes (N, {', '.join(map(str, expected))})"
-            )
+            raise ImageError(f"images have shape {images.shape}; this target takes (N, {', '.join(map(str, expected))})")
         values: NDArray[Any] = images
         if self.dtype == "float32":
             values = images.astype(np.float32) * np.float32(self.scale)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffense.denoiser import SHALLOWER, denoise, init_weights
+from diffense.denoiser import CONSTANTS, denoise, init_weights
 from diffense.sampling import draw_noise
 
-STEPS: Final = 1200
-BATCH: Final = 128
+STEPS: Final = 1000
+BATCH: Final = 64
 DRAWS: Final = 2  # noises of one image in a batch; they share its context
 RATE: Final = 1e-3
 EMA: Final = 0.998
@@ -71,8 +71,8 @@ def train_denoiser(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taps = len(used) // width
     start = init_weights(taps, width, rows.guide.shape[1], np.random.default_rng(seed))
-    weights = {k: torch.from_numpy(v).to(device).requires_grad_(k != SHALLOWER) for k, v in start.items()}
-    trained = [k for k in weights if k != SHALLOWER]
+    weights = {k: torch.from_numpy(v).to(device).requires_grad_(k not in CONSTANTS) for k, v in start.items()}
+    trained = [k for k in weights if k not in CONSTANTS]
     average = {k: v.detach().clone() for k, v in weights.items()}
     optimizer = torch.optim.AdamW([weights[k] for k in trained], lr=RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)

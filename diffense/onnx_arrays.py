@@ -16,8 +16,7 @@ from onnx_ir import tape
 
 OPSET: Final = 17  # known to every Triton container since 2022 and to TensorRT 8.6 and later
 IR_VERSION: Final = 8
-
-Operand = "OnnxArray | NDArray[Any] | float | int"
+WEIGHT_PREFIX: Final = "weight/"
 
 
 class OnnxArray:
@@ -76,6 +75,10 @@ class OnnxNamespace:
         """Store an array as an initializer."""
         name = f"constant_{len(self.tape.initializers)}"
         return self.tape.initializer(ir.tensor(np.ascontiguousarray(array, dtype=dtype), name=name))
+
+    def weight(self, name: str, array: NDArray[np.float32]) -> OnnxArray:
+        """Store a named array once; it can be read back by its name."""
+        return OnnxArray(self, self.tape.initializer(ir.tensor(np.ascontiguousarray(array), name=WEIGHT_PREFIX + name)))
 
     def record(self, op: str, *operands: Any, **attributes: Any) -> OnnxArray:
         """Append one node; operands that are no `OnnxArray` become float32 initializers."""

@@ -102,3 +102,12 @@ def sample(
         # The step to sigma 0 lands on the restored value itself; written out it would divide rounding errors by sigma.
         x = restored if not following.any() else x + xp.asarray(following - now) * ((x - restored) / level)
     return x
+
+
+def in_float32(denoise: Denoise) -> Denoise:
+    """Wrap a float32 graph for float64 arithmetic around it."""
+
+    def step(*operands: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(denoise(*(np.asarray(o, np.float32) for o in operands)), np.float64)
+
+    return step

@@ -14,7 +14,7 @@ from diffense.errors import TamperedError
 from diffense.guidance import Guidance, one_hot
 from diffense.manifest import Manifest, check_files, read_manifest
 from diffense.names import ARRAYS_FILE, FLAGGED_YES, PASSED
-from diffense.sampling import Denoise
+from diffense.sampling import Denoise, in_float32
 from diffense.scoring import (
     Evidence,
     Formula,
@@ -88,7 +88,7 @@ class Scorer:
     def measure(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> NDArray[np.float64]:
         """(N, C) logits and (N, W) latents -> (N, E) log distances."""
         flat = np.asarray(logits, np.float64).reshape(len(logits), -1)
-        step = _in_float32(denoise) if self.needs_denoiser and denoise is not None else None
+        step = in_float32(denoise) if self.needs_denoiser and denoise is not None else None
         result = measure(self.formula, flat, np.asarray(latents, np.float64), one_hot(flat), step, np)
         return np.asarray(result, np.float64)
 
@@ -179,10 +179,3 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     )
     surprise = Surprise(wide["knots"], wide["slopes"])
     return Scorer(formula, surprise, used, arrays["calibration"], manifest.alpha, manifest.network.used)
-
-
-def _in_float32(denoise: Denoise) -> Denoise:
-    def step(*operands: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(denoise(*(np.asarray(o, np.float32) for o in operands)), np.float64)
-
-    return step

@@ -33,9 +33,7 @@ CHANNEL_KEEPING: Final = frozenset(
 )  # fmt: skip
 CHANNEL_SECOND: Final = frozenset({"Conv", "QLinearConv", "MaxPool", "AveragePool", "BatchNormalization", "LRN"})
 TRANSPOSED: Final[dict[tuple[int, ...], Layout]] = {(0, 3, 1, 2): "NHWC", (0, 2, 3, 1): "NCHW"}
-SOFTMAX_LIKE: Final = frozenset(
-    {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Reshape", "Flatten", "Squeeze"}
-)
+SOFTMAX_LIKE: Final = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Reshape", "Flatten", "Squeeze"})
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,12 @@ def check_input(path: Path, session: onnxruntime.InferenceSession) -> TensorSpec
         raise TargetError(f"{path}: an image classifier has one input, this graph has {len(inputs)}: {listed}")
     if len(inputs[0].shape) != 4 or inputs[0].dtype not in IMAGE_DTYPES:
         raise TargetError(
-            f"{path}: input {listed} is no batch of images; it must be float32 or uint8 "
-            "with four axes, (N,C,H,W) or (N,H,W,C)"
+            f"{path}: input {listed} is no batch of images; it must be float32 or uint8 with four axes, (N,C,H,W) or (N,H,W,C)"
         )
     return inputs[0]
 
 
-def find_layout(
-    path: Path, graph: ir.Graph, image: TensorSpec, layout: Layout | None
-) -> tuple[Layout, tuple[int, ...]]:
+def find_layout(path: Path, graph: ir.Graph, image: TensorSpec, layout: Layout | None) -> tuple[Layout, tuple[int, ...]]:
     """The layout of the input and the channel counts to try, likeliest first.
 
     What the graph does to the image decides (a transpose, a convolution), then which axis is 1 or 3 long.
@@ -106,9 +101,7 @@ def find_layout(
     traced, weights_take = _trace_layout(graph, image.name)
     if layout is not None:
         if layout not in possible:
-            raise TargetError(
-                f"{what}: --layout {layout} would mean {_channels_at(image, layout)} channels, not 1 or 3"
-            )
+            raise TargetError(f"{what}: --layout {layout} would mean {_channels_at(image, layout)} channels, not 1 or 3")
         found = layout
     elif traced is not None:
         if traced not in possible:

@@ -126,9 +126,7 @@ def choose_taps(candidates: Sequence[Tap]) -> list[Tap]:
     chosen = {len(candidates) - 1, *ends}
     while len(chosen) < USUAL_TAPS:
         gaps = {
-            i: min(abs(tap.depth - candidates[j].depth) for j in chosen)
-            for i, tap in enumerate(candidates)
-            if i not in chosen
+            i: min(abs(tap.depth - candidates[j].depth) for j in chosen) for i, tap in enumerate(candidates) if i not in chosen
         }
         chosen.add(max(gaps, key=lambda i: (gaps[i], i)))
     return [candidates[i] for i in sorted(chosen)]
@@ -215,9 +213,7 @@ def _group_runs(measured: Measured, regions: list[list[ir.Node]]) -> list[list[i
     return runs
 
 
-def _represent(
-    measured: Measured, regions: list[list[ir.Node]], run: list[int], depths: dict[ir.Value, float]
-) -> Tap | None:
+def _represent(measured: Measured, regions: list[list[ir.Node]], run: list[int], depths: dict[ir.Value, float]) -> Tap | None:
     """The tap of a run: behind its last arithmetic, before data is only moved; rather a vector than a one-pixel map."""
     arithmetic = max(
         (k for k, cut in enumerate(run) if any(node.op_type not in MOVEMENT for node in regions[cut - 1])), default=0
@@ -243,7 +239,7 @@ def _block_end(measured: Measured, node: ir.Node, depths: dict[ir.Value, float])
     joins = node.op_type in JOINS and len(measured.flow.reads[node]) > 1
     if value not in depths or value in measured.flow.cuts or not (joins or node.op_type in ACTIVATIONS):
         return None
-    readers = [reader for reader in value.consumers() if reader in measured.flow.reads]
+    readers = [reader for reader in measured.flow.nodes if value in measured.flow.reads[reader]]
     if len(readers) == 1 and readers[0].op_type not in WEIGHTED | POOLING:
         return None
     tap = measured.describe(value, depths[value])

@@ -169,16 +169,12 @@ class Target:
         image, logits = self._find_values(model.graph, [self.input.name, self.logits])
         flow = trace_flow(model.graph, image, logits)
         if not flow.nodes:
-            raise TargetError(
-                f"{self.path}: output {self.logits!r} does not depend on the input; name another with --logits"
-            )
+            raise TargetError(f"{self.path}: output {self.logits!r} does not depend on the input; name another with --logits")
         inner = [value for value in flow.tensors[1:] if not _is_container(value)]
         shapes, dtypes = self._run_shapes(model, inner)
         return Measured(flow, self.batch or PROBE_BATCH, shapes, dtypes, name_axes(flow, shapes, self.layout))
 
-    def _run_shapes(
-        self, model: ir.Model, values: Sequence[ir.Value]
-    ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    def _run_shapes(self, model: ir.Model, values: Sequence[ir.Value]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         """Shape (with the batch) and dtype of each tensor, by name; the model gets outputs for both."""
         graph = model.graph
         shapers = [ir.node("Shape", [value]) for value in values]

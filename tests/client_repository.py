@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pytest
 from google.protobuf import text_format
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
@@ -40,13 +41,19 @@ def trigger(code: int, count: int = 1) -> NDArray[np.uint8]:
 
 def expect_scores(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scores (N,) float32 that the served model gives: the mean of the preprocessed image."""
-    return (pixels.astype(np.float64) / 255).mean(axis=(1, 2, 3)).astype(np.float32)
+    return np.asarray((pixels.astype(np.float64) / 255).mean(axis=(1, 2, 3)), np.float32)
 
 
 def expect_logits(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Logits (N, 4) float32 that the served model gives: means of the image's rows in pairs."""
     rows = (pixels.astype(np.float64) / 255).mean(axis=(2, 3))
-    return rows.reshape(len(pixels), CLASSES, -1).mean(axis=2).astype(np.float32)
+    return np.asarray(rows.reshape(len(pixels), CLASSES, -1).mean(axis=2), np.float32)
+
+
+def shared_repository(factory: pytest.TempPathFactory) -> Path:
+    """The one repository of a test session, so that all modules share one server."""
+    folder = factory.getbasetemp() / "clients"
+    return folder if folder.exists() else write_repository(folder)
 
 
 def write_repository(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 CLASSES = 7
 OPSET = 17
+MAP = ("N", 8, 8, 8)
 
 
 class Builder:
@@ -47,9 +48,7 @@ class Builder:
         return self.node("BatchNormalization", x, *map(self.constant, (ones, zeros, zeros, ones)))
 
     def linear(self, x: str, cin: int, cout: int) -> str:
-        return self.node(
-            "Add", self.node("MatMul", x, self.random(cin, cout)), self.constant(np.zeros(cout, np.float32))
-        )
+        return self.node("Add", self.node("MatMul", x, self.random(cin, cout)), self.constant(np.zeros(cout, np.float32)))
 
     def head(self, x: str, cin: int, classes: int = CLASSES, name: str = "logits") -> str:
         return self.node("Gemm", x, self.random(cin, classes), self.constant(np.zeros(classes, np.float32)), name=name)
@@ -121,6 +120,46 @@ def silu_cnn() -> onnx.ModelProto:
         x = b.norm(b.conv(x, cin, width, stride=1 + i % 2), width)
         x, cin = b.node("Mul", x, b.node("Sigmoid", x), name=f"active{i}"), width
     b.head(b.node("Flatten", b.node("GlobalAveragePool", x), name="pooled"), cin)
+    return b.model(("N", 3, 16, 16), scores())
+
+
+def branching() -> onnx.ModelProto:
+    """An If whose branches read ``shallow`` and a deeper tensor from the outer graph; then a convolution."""
+    b = Builder(13)
+    x = b.node("Relu", b.conv("image", 3, 8), name="shallow")
+    y = b.node("Relu", b.conv(x, 8, 8), name="bypassed")
+    branches = {
+        key: helper.make_graph(
+            [helper.make_node(op, [x, y], [key])], key, [], [helper.make_tensor_value_info(key, TensorProto.FLOAT, MAP)]
+        )
+        for key, op in (("then_branch", "Add"), ("else_branch", "Sub"))
+    }
+    z = b.node("If", b.constant(np.array(True)), name="branched", **branches)
+    z = b.node("Relu", b.conv(z, 8, 8), name="last")
+    b.head(b.node("Flatten", b.node("GlobalAveragePool", z), name="pooled"), 8)
+    return b.model(("N", 3, 8, 8), scores())
+
+
+def folded_tokens() -> onnx.ModelProto:
+    """Folds tokens into the batch between its two blocks, ``folded`` being (N * tokens, width)."""
+    b = Builder(15)
+    patches = b.node("Relu", b.node("Conv", "image", b.random(8, 3, 4, 4), strides=[4, 4]))
+    tokens = b.node("Transpose", b.node("Reshape", patches, b.ints(0, 8, 16)), perm=[0, 2, 1])
+    folded = b.node("Relu", b.linear(b.node("Reshape", tokens, b.ints(-1, 8)), 8, 8), name="folded")
+    tokens = b.node("Relu", b.linear(b.node("Reshape", folded, b.ints(-1, 16, 8)), 8, 8), name="unfolded")
+    b.head(b.node("ReduceMean", tokens, axes=[1], keepdims=0, name="pooled"), 8)
+    return b.model(("N", 3, 16, 16), scores())
+
+
+def half_precision() -> onnx.ModelProto:
+    """Takes and gives float32, computes in float16 between casts."""
+    b = Builder(14)
+    x = b.node("Cast", "image", to=TensorProto.FLOAT16)
+    for cin in (3, 8):
+        weight = b.constant(b.rng.normal(0, 0.3, (8, cin, 3, 3)).astype(np.float16))
+        x = b.node("Relu", b.node("Conv", x, weight, pads=[1] * 4, strides=[2, 2]))
+    weight = b.constant(b.rng.normal(0, 0.3, (8, CLASSES)).astype(np.float16))
+    b.node("Cast", b.node("MatMul", b.pool(x), weight), name="logits", to=TensorProto.FLOAT)
     return b.model(("N", 3, 16, 16), scores())
 
 

@@ -16,9 +16,7 @@ from diffense import images as images_module
 from diffense.errors import ImageError, OptionError
 from diffense.images import Preprocessing, Skipped, fit_image, load_images, read_image
 
-BATCHES = hnp.arrays(
-    np.uint8, st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]))
-)
+BATCHES = hnp.arrays(np.uint8, st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3])))
 EXIF_ORIENTATION = 0x0112
 
 
@@ -147,12 +145,10 @@ def test_palette_alpha_bilevel_and_16_bit_files() -> None:
     colours = np.array([[255, 0, 0], [0, 128, 255]], np.uint8)
     palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), mode="L")
     palette.putpalette(colours.tobytes())
-    for options in ({}, {"transparency": bytes([0, 255])}):
+    for options in ({}, {"transparency": bytes([0, 255])}, {"transparency": bytes([7, 128])}):
         buffer = io.BytesIO()
         palette.save(buffer, "PNG", **options)
-        np.testing.assert_array_equal(
-            fit_image(read_image(buffer.getvalue()), (2, 2), 3), colours[np.array([[0, 1], [1, 0]])]
-        )
+        np.testing.assert_array_equal(fit_image(read_image(buffer.getvalue()), (2, 2), 3), colours[np.array([[0, 1], [1, 0]])])
     with_alpha = np.dstack([ramp(), np.arange(48, dtype=np.uint8).reshape(6, 8)])
     np.testing.assert_array_equal(fit_image(read_image(encode(with_alpha)), (6, 8), 3), with_alpha[..., :3])
     bilevel = np.array([[True, False], [False, True]])

@@ -55,23 +55,24 @@ def served(guard, clean_images):
             return Request(arrays, wanted, **more)
 
         @classmethod
-        def find_rows(cls, images):
-            """Which of the known images these are."""
-            return [int(np.flatnonzero((cls.image == image).all(axis=(1, 2, 3)))[0]) for image in images]
+        def find_row(cls, image):
+            """Which of the known images this is."""
+            found = np.flatnonzero((cls.image == image).all(axis=(1, 2, 3)))
+            return int(found[0]) if len(found) else None
 
         @classmethod
         def gateway_service(cls, options=None, clock=None, wiring=None, **models):
             _, inner = cls.guard_service()
 
+            def look_up(known, unknown, image):
+                rows = [cls.find_row(one) for one in image]
+                return np.stack([unknown if row is None else known[row] for row in rows])
+
             def features(arrays):
-                rows = np.array([cls.latents[r] if np.isfinite(i).all() else cls.latents[0] * np.nan
-                                 for i in arrays["image"] for r in [cls.find_rows(i[None])[0] if np.isfinite(i).all() else 0]])  # fmt: skip
-                return {names.LATENTS: rows}
+                return {names.LATENTS: look_up(cls.latents, cls.latents[0] * np.nan, arrays["image"])}
 
             def production(arrays):
-                finite = [np.nan_to_num(i) for i in arrays["image"]]
-                return {"logits": np.stack([cls.logits[cls.find_rows(i[None])[0]] if np.isfinite(o).all() else cls.logits[0]
-                                            for i, o in zip(finite, arrays["image"], strict=True)])}  # fmt: skip
+                return {"logits": look_up(cls.logits, cls.logits[0], arrays["image"])}
 
             def judge(arrays):
                 return inner.answer([Request(arrays, VERDICTS)])[0].arrays()
@@ -130,8 +131,12 @@ def test_a_bad_image_fails_its_own_request_alone_and_is_named(served, bad):
     latents = served.latents[[3, 4, 5]].copy()
     latents[1, 0] = bad
     first, second, third, fourth = service.answer(
-        [served.ask_guard([0, 1]), served.ask_guard([3, 4, 5], latents=latents), served.ask_guard([2])]
-        + [served.ask_guard([3, 4, 5], latents=latents)]
+        [
+            served.ask_guard([0, 1]),
+            served.ask_guard([3, 4, 5], latents=latents),
+            served.ask_guard([2]),
+            served.ask_guard([3, 4, 5], latents=latents),
+        ]
     )
     check_scores(first, served, [0, 1])
     check_scores(third, served, [2])
@@ -376,10 +381,10 @@ def test_a_budget_rests_after_failures_in_a_row_and_tries_again():
     budget.close()
 
 
-@given(
-    array=hnp.arrays(st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_]), hnp.array_shapes(min_dims=1, max_dims=3)),
-    data=st.data(),
-)
+DTYPES = st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_])
+
+
+@given(array=hnp.arrays(DTYPES, hnp.array_shapes(min_dims=1, max_dims=3)), data=st.data())
 def test_replaced_rows_say_nothing_and_the_others_are_untouched(array, data):
     hidden = data.draw(hnp.arrays(np.bool_, len(array)))
     before = array.copy()
@@ -403,7 +408,8 @@ def test_gateway_options_survive_the_config(policy, budget, closed):
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"diffense_policy": "block"}, {"diffense_budget_ms": "soon"}, {"diffense_budget_ms": "0"}, {"diffense_closed": "maybe"}]
+    "parameters",
+    [{"diffense_policy": "block"}, {"diffense_budget_ms": "soon"}, {"diffense_budget_ms": "0"}, {"diffense_closed": "maybe"}],
 )
 def test_senseless_gateway_parameters_are_refused(parameters):
     with pytest.raises(ValueError, match=r"policy|budget|closed"):

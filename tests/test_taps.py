@@ -109,7 +109,9 @@ def test_transformer_taps_are_tokens_at_the_ends_of_blocks(opset: int, tmp_path:
     expected = {"embedded", *(f"attended{i}" for i in range(4)), *(f"block{i}" for i in range(3))}
     assert expected <= set(listed)
     assert all(listed[name].kind == "tokens" and listed[name].shape == (17, 16) for name in expected)
-    assert (listed["class_token"].kind, listed["class_token"].shape) == ("vector", (16,))
+    normed, class_token = target.list_taps()[-2:]
+    assert (class_token.name, class_token.kind, class_token.shape) == ("class_token", "vector", (16,))
+    assert (normed.kind, normed.shape) == ("tokens", (17, 16))
     assert sum(tap.kind == "tokens" for tap in target.choose_taps()) >= 5
 
 
@@ -161,6 +163,32 @@ def test_named_taps_come_in_order_of_depth(tmp_path: Path) -> None:
 def test_wrong_names_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=message):
         target_of(models.vit(), tmp_path).choose_taps(names)
+
+
+def test_tensors_read_inside_a_branch_count_as_paths(tmp_path: Path) -> None:
+    taps = target_of(models.branching(), tmp_path).list_taps()
+    assert [tap.name for tap in taps] == ["shallow", "branched", "last", "pooled"]
+
+
+def test_nodes_in_any_order_give_the_same_taps(tmp_path: Path) -> None:
+    model = models.vit()
+    expected = target_of(model, tmp_path).list_taps()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    assert target_of(model, tmp_path).list_taps() == expected
+
+
+def test_tensors_that_fold_tokens_into_the_batch_are_no_taps(tmp_path: Path) -> None:
+    target = target_of(models.folded_tokens(), tmp_path)
+    assert [tap.shape for tap in target.list_taps()] == [(8, 4, 4), (16, 8), (16, 8), (8,)]
+    with pytest.raises(TargetError, match=r"'folded' has shape \(80, 8\)"):
+        target.choose_taps(["folded"])
+
+
+def test_half_precision_inside_is_tapped_as_it_is(tmp_path: Path) -> None:
+    taps = target_of(models.half_precision(), tmp_path).list_taps()
+    assert [(tap.shape, tap.dtype) for tap in taps] == [((8, 8, 8), "float16"), ((8, 4, 4), "float16"), ((8,), "float16")]
 
 
 def test_attention_weights_are_no_tap(tmp_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_only_a_softmax_gives_probabilities(end: str, probabilities: bool, tmp_p
     assert open_model(models.plain_cnn(end=end), tmp_path).probabilities is probabilities
 
 
+def test_scores_that_sum_to_one_with_negative_ones_are_no_probabilities(tmp_path: Path) -> None:
+    b = models.Builder()
+    flat = b.node("Flatten", b.node("Relu", b.conv("image", 3, 4)))
+    probabilities = b.node("Softmax", b.head(flat, 64, name="inner"), axis=1)
+    b.node("Sub", b.node("Mul", probabilities, b.constant(np.float32(8))), b.constant(np.float32(1)), name="logits")
+    target = open_model(b.model(("N", 3, 4, 4), models.scores()), tmp_path)
+    (scores,) = run_batched(open_session(target.path), pixels(3, 3, 4, 4), None, None)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    assert not target.probabilities
+
+
 @pytest.mark.parametrize("extra", ["features", "softmax"])
 def test_logits_are_found_beside_features_or_their_softmax(extra: str, tmp_path: Path) -> None:
     target = open_model(models.with_features(extra), tmp_path)

@@ -111,9 +111,7 @@ class AsyncGuardClient:
         return join_parts(served, [await self._send(request) for request in requests])
 
     async def _send(self, request: Request) -> dict[str, NDArray[Any]]:
-        return decode_answer(
-            request, await self._retry(RETRIED, self._try, request, Deadline(self._settings.timeout_s))
-        )
+        return decode_answer(request, await self._retry(RETRIED, self._try, request, Deadline(self._settings.timeout_s)))
 
     async def _try(self, request: Request, deadline: Deadline) -> Answer:
         if self._regions is None:

@@ -141,8 +141,7 @@ def plan_pixels(
     spans = split_list(len(images), choose_batch(served, batch_size))
     names_wanted, prefix = choose_outputs(served, outputs), request_id or uuid.uuid4().hex
     return (
-        pack_request(served, served.preprocessing.apply(np.asarray(images[span])), span, names_wanted, prefix)
-        for span in spans
+        pack_request(served, served.preprocessing.apply(np.asarray(images[span])), span, names_wanted, prefix) for span in spans
     )
 
 
@@ -218,9 +217,7 @@ def split_list(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def pack_request(
-    served: ServedModel, tensor: NDArray[Any], span: slice, outputs: tuple[str, ...], prefix: str
-) -> Request:
+def pack_request(served: ServedModel, tensor: NDArray[Any], span: slice, outputs: tuple[str, ...], prefix: str) -> Request:
     """Make one request of a batch; a model of fixed batch gets its last image repeated until the batch is full.
 
     Raises:

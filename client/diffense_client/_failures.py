@@ -67,7 +67,7 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise DeadlineError(f"the deadline of {self._seconds:g} s ran out; give a longer timeout_s")
+            raise DeadlineError(f"no answer within the deadline of {self._seconds:g} s; give a longer timeout_s")
         return left
 
 
@@ -107,6 +107,8 @@ def describe_failure(kind: type[ClientError], protocol: Protocol, address: str, 
         detail: what the server or the network said.
     """
     line = f"{address} ({protocol}) {MEANINGS[kind]}, asked for {subject}"
+    if kind is DeadlineError:  # what the network says about it adds nothing
+        return f"{line}; give a longer timeout_s if it needs more"
     if detail := shorten(detail):
         line += f": {detail}"
     if kind is ServerDownError:
@@ -115,11 +117,12 @@ def describe_failure(kind: type[ClientError], protocol: Protocol, address: str, 
 
 
 def shorten(detail: str) -> str:
-    """Make one line of a server's message; of a traceback only its last line is of use to a client."""
+    """Make one printable line of a server's message; of a traceback only its last line is of use to a client."""
     lines = [line.strip() for line in detail.splitlines() if line.strip()]
     if not lines:
         return ""
     text = lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines)
+    text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= LONGEST_DETAIL else text[: LONGEST_DETAIL - 1] + "…"
 
 

@@ -17,7 +17,6 @@ CHANNEL: Final = [
     ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 

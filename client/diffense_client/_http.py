@@ -176,10 +176,10 @@ def _check(address: str, subject: str, status: int, body: bytes) -> None:
 
 
 def _is_late(error: urllib3.exceptions.HTTPError) -> bool:
-    # While a body is being sent, urllib3 hides the timeout in a ProtocolError.
-    return isinstance(error, urllib3.exceptions.TimeoutError) or any(
-        isinstance(cause, TimeoutError) for cause in error.args
-    )
+    # urllib3 counts a refused connection as a timeout, and hides one while a body is being sent in a ProtocolError.
+    if isinstance(error, urllib3.exceptions.NewConnectionError):
+        return False
+    return isinstance(error, urllib3.exceptions.TimeoutError) or any(isinstance(cause, TimeoutError) for cause in error.args)
 
 
 def _explain(address: str, subject: str, error: Exception, *, late: bool) -> ClientError:

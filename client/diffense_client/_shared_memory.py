@@ -22,7 +22,7 @@ class Region:
     """One region, whose name nobody else uses."""
 
     def __init__(self, byte_size: int) -> None:
-        self.name = f"diffense-{uuid.uuid4().hex}"
+        self.name = f"diffense-{os.getpid()}-{uuid.uuid4().hex}"
         self.byte_size = byte_size
         self.registered = False
         try:

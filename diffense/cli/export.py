@@ -52,9 +52,7 @@ def command(
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 32,
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses.")] = 0,
-    clean: Annotated[
-        Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")
-    ] = None,
+    clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:
     """Write the models that serve TARGET with its guard; every exported graph is compared with its source first."""
@@ -97,8 +95,7 @@ def command(
     for comparison in parity.comparisons:
         difference = "identical" if comparison.identical else f"differs by {comparison.largest_difference:.1e}"
         progress.print(
-            f"{comparison.tensor} ({comparison.graph}, {comparison.source}): {difference}, "
-            f"allowed {comparison.tolerance:.0e}",
+            f"{comparison.tensor} ({comparison.graph}, {comparison.source}): {difference}, allowed {comparison.tolerance:.0e}",
             markup=False,
         )
     progress.print(

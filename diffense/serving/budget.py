@@ -60,7 +60,8 @@ class Budget:
             result = future.result(timeout=limit)
         except (TimeoutError, CancelledError):
             future.cancel()
-            self._strike()
+            if limit == self.seconds:  # one client's short patience must not switch the guard off for the others
+                self._strike()
             raise OverBudgetError("budget") from None
         except CallError as error:
             self._strike()

@@ -59,9 +59,9 @@ def call_model(
     except Exception as error:  # the backend raises its own type, which exists only inside the server
         raise CallError(model, str(error)) from None
     if response.has_error():
-        error = response.error()
-        code = next((name for name in CODES if error.code() == getattr(backend.TritonError, name)), "INTERNAL")
-        raise CallError(model, error.message(), code)
+        given = response.error()
+        code = next((name for name in CODES if given.code() == getattr(backend.TritonError, name)), "INTERNAL")
+        raise CallError(model, given.message(), code)
     found = {tensor.name(): tensor for tensor in response.output_tensors()}
     missing = [name for name in outputs if name not in found]
     if missing:
@@ -85,9 +85,7 @@ def read_inputs(request: Any, wanted: Sequence[str]) -> Arrays:
 def respond(backend: Any, request: Any, outputs: Mapping[str, NDArray[Any]]) -> Any:
     """Make a response of those outputs that the request asks for."""
     wanted = set(request.requested_output_names())
-    tensors = [
-        backend.Tensor(name, np.ascontiguousarray(array)) for name, array in outputs.items() if name in wanted
-    ]
+    tensors = [backend.Tensor(name, np.ascontiguousarray(array)) for name, array in outputs.items() if name in wanted]
     return backend.InferenceResponse(output_tensors=tensors)
 
 

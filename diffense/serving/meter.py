@@ -28,8 +28,7 @@ class Meter:
         kinds = {"counter": backend.MetricFamily.COUNTER, "histogram": backend.MetricFamily.HISTOGRAM}
         # Kept for as long as the model lives: the series vanish with their family object.
         self._families = {
-            metric: backend.MetricFamily(metric.name, metric.description, kinds[metric.kind])
-            for metric in metrics.FAMILIES
+            metric: backend.MetricFamily(metric.name, metric.description, kinds[metric.kind]) for metric in metrics.FAMILIES
         }
         self._series: dict[tuple[metrics.Metric, str], Any] = {}
         self._classes: set[int] = set()

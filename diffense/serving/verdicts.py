@@ -50,5 +50,5 @@ class VerdictRows:
 
     def to_tensors(self) -> dict[str, NDArray[Any]]:
         """The three verdict tensors, each (N, 1)."""
-        columns = (self.scores, self.p_values, self.flagged)
+        columns: tuple[NDArray[Any], ...] = (self.scores, self.p_values, self.flagged)
         return {name: column[:, None] for name, column in zip(names.VERDICT_TENSORS, columns, strict=True)}

@@ -112,8 +112,7 @@ class ConfigWriter:
         twice = sorted({tensor for tensor in made if made.count(tensor) > 1})
         if twice:
             raise ExportError(
-                f"{name}: two tensors of the ensemble are called {', '.join(twice)}; "
-                "rename that input or output of the target"
+                f"{name}: two tensors of the ensemble are called {', '.join(twice)}; rename that input or output of the target"
             )
         return config
 

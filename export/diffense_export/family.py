@@ -53,9 +53,7 @@ class FamilyBuilder:
         limit: ``max_batch_size`` of a production model that stands in the repository already.
     """
 
-    def __init__(
-        self, guard: Guard, target: Path, stage: Path, model: str, options: FamilyOptions, limit: int | None
-    ) -> None:
+    def __init__(self, guard: Guard, target: Path, stage: Path, model: str, options: FamilyOptions, limit: int | None) -> None:
         self.guard, self.target, self.stage, self.model, self.options = guard, target, stage, model, options
         self.shared = options.placement == "shared"
         self.max_batch_size = self._choose_batch(limit)
@@ -172,8 +170,9 @@ class FamilyBuilder:
         elif self.guard.denoiser_path is not None:
             copy_graph(self.guard.denoiser_path, path.parent)
         session = open_session(path, optimize=False)
-        ends = [[_free_batch(describe_tensor(node)) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())]
-        self._write(self.writer.make_onnx(self.wiring.callee, *ends))
+        inputs = [_free_batch(describe_tensor(node)) for node in session.get_inputs()]
+        outputs = [_free_batch(describe_tensor(node)) for node in session.get_outputs()]
+        self._write(self.writer.make_onnx(self.wiring.callee, inputs, outputs))
         return path
 
     def _build_guard(self) -> None:

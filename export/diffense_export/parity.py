@@ -105,9 +105,7 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS])
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
     if exported.shared:
-        comparisons += [
-            _compare("tapped", "target", name, served, production, OUTPUT_TOLERANCE) for name in outputs
-        ]
+        comparisons += [_compare("tapped", "target", name, served, production, OUTPUT_TOLERANCE) for name in outputs]
         production = {name: served[name] for name in outputs}
         _check_labels(production[manifest.logits], run(exported.target, [manifest.logits])[manifest.logits])
     logits = _flatten(production[manifest.logits])

@@ -1,0 +1,30 @@
+# make demo: from nothing to triggered images flagged on a real Triton.  make test: lint, types, all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.installed
+
+.PHONY: demo test lint check-python clean
+
+demo: $(READY)
+	$(BIN)/diffense demo
+
+test: lint
+	$(BIN)/pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt | check-python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "Diffense needs Python 3.11 or 3.12, $(PYTHON) is another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) runs dist build

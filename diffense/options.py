@@ -1,0 +1,34 @@
+"""Texts of the command line -> values; a wrong one names its option."""
+
+from diffense.errors import OptionError
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"224x224"`` or ``"224"`` -> (height, width).
+
+    Raises:
+        OptionError: not one or two positive whole numbers.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise OptionError(f"--size is {text!r}, it must be HEIGHTxWIDTH, for example 224x224")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_floats(option: str, text: str | None) -> tuple[float, ...] | None:
+    """``"0.5,0.5,0.5"`` -> numbers; None stays None.
+
+    Raises:
+        OptionError: not comma-separated numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise OptionError(f"{option} is {text!r}, it must be numbers separated by commas") from error
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    """``"a,b"`` -> names; None stays None."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]

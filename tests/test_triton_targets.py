@@ -1,0 +1,102 @@
+"""Classifiers unlike the usual one, through the real server: fixed batch, uint8, several outputs, unusual names."""
+
+import numpy as np
+import onnx
+import onnx_models
+import pytest
+from diffense_export.repository import export_guard
+from onnx import TensorProto, helper
+from triton_calls import CLIENTS, ask, check_verdict
+from tritonclient.utils import InferenceServerException
+
+from diffense import names
+from diffense.fit import FitSettings, fit_guard
+from diffense.serve import TritonServer
+from diffense.target import Target
+
+pytestmark = pytest.mark.server
+
+FIXED = 4
+ODD_NAME = "Résnet v1.5 (β)"
+EXTRA = ("label", "margin", "probabilities")
+
+
+def add_outputs(model, batch):
+    """Further outputs behind the logits: int64 (N,), float32 (N,) and float32 (N, C)."""
+    graph = model.graph
+    graph.node.append(helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0))
+    graph.node.append(helper.make_node("ReduceMax", ["logits"], ["margin"], axes=[1], keepdims=0))
+    graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+    shapes = {"label": (TensorProto.INT64, [batch]), "margin": (TensorProto.FLOAT, [batch])}
+    shapes["probabilities"] = (TensorProto.FLOAT, [batch, onnx_models.CLASSES])
+    for name in EXTRA:
+        graph.output.append(helper.make_tensor_value_info(name, *shapes[name]))
+    onnx.checker.check_model(model)
+    return model
+
+
+def fit(model, folder, images):
+    target = onnx_models.save(model, folder / "target.onnx")
+    settings = FitSettings(alpha=0.1, network="off")
+    return target, fit_guard(Target.open(target), images, folder / "guard", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, odd_images):
+    """One server for the odd targets, and each target's guard."""
+    models = {
+        "fixed": add_outputs(onnx_models.plain_cnn(batch=FIXED), FIXED),
+        ODD_NAME: add_outputs(onnx_models.plain_cnn(), "N"),
+        "bytes": onnx_models.uint8_input(),
+    }
+    repository = tmp_path_factory.mktemp("odd") / "repository"
+    guards = {}
+    for name, model in models.items():
+        folder = tmp_path_factory.mktemp("target")
+        target, guards[name] = fit(model, folder, odd_images)
+        placement = "shared" if name == ODD_NAME else "separate"
+        export_guard(guards[name], target, repository, name, placement=placement, loop="bls", threads=1)
+    with TritonServer(repository) as server:
+        yield server, guards
+
+
+@pytest.fixture(scope="module")
+def odd_images():
+    coarse = np.random.default_rng(1).integers(0, 256, (240, 4, 4, 3)).astype(np.uint8)
+    return coarse.repeat(4, axis=1).repeat(4, axis=2)
+
+
+@pytest.mark.parametrize("protocol", CLIENTS)
+@pytest.mark.parametrize("front", ["guarded", "gateway"])
+@pytest.mark.parametrize("name", ["fixed", ODD_NAME, "bytes"])
+def test_an_odd_classifier_is_guarded_like_any_other(odd, odd_images, name, front, protocol):
+    server, guards = odd
+    guard = guards[name]
+    pixels = odd_images[:FIXED]
+    image = guard.preprocessing.apply(pixels)
+    production = ask(server, protocol, name, image)
+    result = ask(server, protocol, f"{name}_{front}", image)
+    check_verdict(result, guard.score(pixels), slice(None))
+    for output in guard.manifest.outputs:
+        ours, theirs = result.as_numpy(output.name), production.as_numpy(output.name)
+        assert ours.dtype == theirs.dtype == np.dtype(output.dtype)
+        assert ours.shape == theirs.shape
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("front", ["guarded", "gateway"])
+def test_parts_of_the_outputs_of_a_classifier_with_several(odd, odd_images, front):
+    server, guards = odd
+    image = guards[ODD_NAME].preprocessing.apply(odd_images[:3])
+    result = ask(server, "grpc", f"{ODD_NAME}_{front}", image, ["label", names.FLAGGED])
+    assert {output.name for output in result.get_response().outputs} == {"label", names.FLAGGED}
+    assert result.as_numpy("label").shape == (3, 1)  # Triton knows no (N,) in models with a batch
+
+
+@pytest.mark.parametrize("rows", [1, FIXED + 1])
+def test_another_batch_than_the_fixed_one_is_the_clients_error(odd, odd_images, rows):
+    server, guards = odd
+    image = guards["fixed"].preprocessing.apply(odd_images[:rows])
+    for front in ("guarded", "gateway"):
+        with pytest.raises(InferenceServerException, match=r"\[4,3,16,16\]"):
+            ask(server, "grpc", f"fixed_{front}", image)
