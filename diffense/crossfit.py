@@ -87,6 +87,7 @@ def learn_network(
     guidance: Guidance,
     sigmas: Matrix,
     mode: Literal["auto", "on", "off"],
+    steps: int,
     seed: int,
     report: Callable[[int, int], None],
 ) -> tuple[dict[str, NDArray[np.float32]] | None, NetworkReport]:
@@ -116,7 +117,7 @@ def learn_network(
     def pick(rows: NDArray[np.bool_]) -> Innovations:
         return Innovations(*(a[rows].astype(np.float32) for a in (innovation, residual, guide)))
 
-    learned = train_denoiser(pick(~held_out), pick(held_out & originals), clean.used, sigmas, clean.width, seed, report)
+    learned = train_denoiser(pick(~held_out), pick(held_out & originals), clean.used, sigmas, clean.width, steps, seed, report)
     better = learned.loss <= GAIN * learned.gaussian_loss
     what = f"held-out loss {learned.loss:.3f} against {learned.gaussian_loss:.3f} of the Gaussian"
     used = better or mode == "on"

@@ -55,6 +55,7 @@ class FitSettings:
         draws: noises a level, even.
         label_guidance: w; 1 is the conditional denoiser.
         data_guidance: pull towards the inspected innovation at each step; 0 is none.
+        training_steps: most steps of the denoiser's training; it stops early on held-out clean latents.
     """
 
     alpha: float = 0.01
@@ -67,6 +68,7 @@ class FitSettings:
     draws: int = 4
     label_guidance: float = 1.0
     data_guidance: float = 0.0
+    training_steps: int = 1000
 
 
 def ignore_progress(step: int, steps: int) -> None:
@@ -230,7 +232,7 @@ def fit_scorer(
     )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
     crossed = cross_fit(latent_set, whole, generator)
-    weights, network = learn_network(latent_set, crossed, whole[0], sigmas, settings.network, settings.seed, report)
+    weights, network = learn_network(latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report)
     noise = draw_noise(len(sigmas), settings.draws, latents.shape[1], settings.seed) * used
     formula = Formula(
         guidance=whole[0],

@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from diffense.denoiser import CONSTANTS, denoise, init_weights
 from diffense.sampling import draw_noise
 
-STEPS: Final = 1000
 BATCH: Final = 64
 DRAWS: Final = 2  # noises of one image in a batch; they share its context
 RATE: Final = 1e-3
 EMA: Final = 0.998
 SIGMA_RANGE: Final = (0.1, 3.0)
 LABEL_DROPOUT: Final = 0.1
-CHECK_EVERY: Final = 100
-PATIENCE: Final = 3  # checks without a better validation loss before the training stops
+CHECK_EVERY: Final = 50
+PATIENCE: Final = 4  # checks without a better validation loss before the training stops
 VALIDATION_DRAWS: Final = 4
 
 
@@ -54,6 +53,7 @@ def train_denoiser(
     used: NDArray[np.bool_],
     sigmas: NDArray[np.float64],
     width: int,
+    steps: int,
     seed: int,
     report: Callable[[int, int], None],
 ) -> Learned:
@@ -65,8 +65,9 @@ def train_denoiser(
         used: (W,) False where an entry is padding.
         sigmas: (L, K) noise levels that the guard will use, at which the validation loss is taken.
         width: d.
+        steps: most optimiser steps.
         seed: of weights, batches and noise.
-        report: called with (step, STEPS) now and then.
+        report: called with (step, steps) now and then.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taps = len(used) // width
@@ -75,13 +76,13 @@ def train_denoiser(
     trained = [k for k in weights if k not in CONSTANTS]
     average = {k: v.detach().clone() for k, v in weights.items()}
     optimizer = torch.optim.AdamW([weights[k] for k in trained], lr=RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     data = [torch.from_numpy(a).to(device) for a in (rows.innovation, rows.residual, rows.guide)]
     mask = torch.from_numpy(used.astype(np.float32)).to(device)
     gaussian = validate({k: torch.from_numpy(v).to(device) for k, v in start.items()}, validation, used, sigmas, width)
     best = Learned(start, gaussian, gaussian, 0)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         batch = torch.randint(len(rows.innovation), (BATCH,), generator=generator)
         u, residual, guide = (d[batch.to(device)] for d in data)
         loss = _find_loss(weights, u, residual, guide, mask, (DRAWS, taps, width), generator)
@@ -94,13 +95,13 @@ def train_denoiser(
             for k in trained:
                 average[k].lerp_(weights[k], 1 - decay)
         if step % CHECK_EVERY == 0:
-            report(step, STEPS)
+            report(step, steps)
             held_out = validate(average, validation, used, sigmas, width)
             if held_out < best.loss:
                 best = Learned({k: v.cpu().numpy().copy() for k, v in average.items()}, held_out, gaussian, step)
             elif step - best.steps >= PATIENCE * CHECK_EVERY:
                 break
-    report(STEPS, STEPS)
+    report(steps, steps)
     return best
 
 

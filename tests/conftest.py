@@ -4,9 +4,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import onnx_models
 import pytest
+import shapes
+from numpy.typing import NDArray
 
+from diffense.fit import FitSettings, fit_guard
+from diffense.guard import Guard
 from diffense.serve import TritonServer
+from diffense.target import Target
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +34,22 @@ def triton_for() -> Iterator[Callable[[Path], TritonServer]]:
             return servers[path]
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of `shapes.draw_shapes` as an ONNX file."""
+    return onnx_models.save(shapes.fit_shape_classifier(), tmp_path_factory.mktemp("target") / "target.onnx")
+
+
+@pytest.fixture(scope="session")
+def clean_images() -> NDArray[np.uint8]:
+    """(700, 16, 16, 3) clean images that the classifier has not seen."""
+    return shapes.draw_shapes(700, seed=1)[0]
+
+
+@pytest.fixture(scope="session")
+def guard(small_target: Path, clean_images: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> Guard:
+    """A guard with its network on, fitted on `clean_images`."""
+    settings = FitSettings(alpha=0.02, network="on", training_steps=200)
+    return fit_guard(Target.open(small_target), clean_images, tmp_path_factory.mktemp("guard") / "g", settings=settings)

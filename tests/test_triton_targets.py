@@ -17,7 +17,7 @@ from diffense.target import Target
 pytestmark = pytest.mark.server
 
 FIXED = 4
-ODD_NAME = "Résnet v1.5 (β)"
+ODD_NAME = "0.Resnet-v1.5"
 EXTRA = ("label", "margin", "probabilities")
 
 

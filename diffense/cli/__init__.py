@@ -1,6 +1,7 @@
 """The `diffense` command. One module per command; a command holds no logic that the Python API lacks."""
 
 import importlib
+import os
 import sys
 from typing import Final
 
@@ -20,6 +21,7 @@ COMMANDS: Final = {
     "doctor": "diffense.cli.doctor",
 }
 ERROR_EXIT: Final = 2
+TRACEBACK_VARIABLE: Final = "DIFFENSE_TRACEBACK"
 
 app = typer.Typer(
     name="diffense",
@@ -38,6 +40,12 @@ def main() -> None:
         app()
     except DiffenseError as error:
         print(f"diffense: {error}", file=sys.stderr)
+        sys.exit(ERROR_EXIT)
+    except Exception as error:  # a defect of ours: 1 would read as "flagged" in a script
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        kind = type(error).__name__
+        print(f"diffense: unexpected {kind}: {error}; {TRACEBACK_VARIABLE}=1 shows where", file=sys.stderr)
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         print("diffense: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Writes a guard and its target as the models of one family into a Triton repository."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffense_export.production import read_batch_limit
 
 EXPORT_FILE: Final = "diffense_export.json"
 LONGEST_NAME: Final = 200
+NAME: Final = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 class ExportManifest(BaseModel):
@@ -148,9 +150,9 @@ def _list_stale(found: Sequence[str], written: Sequence[str], kept: Sequence[str
 
 
 def _check_name(model: str) -> None:
-    printable = model.isprintable() and not set(model) & set('/\\"')
-    if not model or not printable or model != model.strip() or model.startswith(".") or len(model) > LONGEST_NAME:
+    # Triton's Python backend hands the name to a shell, unquoted, and its stub decodes it as ASCII.
+    if not NAME.fullmatch(model) or len(model) > LONGEST_NAME:
         raise ExportError(
-            f"{model!r} cannot be a model's name: no slashes, quotes, control characters, blank ends or leading dot, "
-            f"1 to {LONGEST_NAME} characters"
+            f"{model!r} cannot be the name of a guarded model, since Triton's Python backend starts its processes through a "
+            f"shell: use ASCII letters, digits, '_', '-' and '.' (the last two not at the start), at most {LONGEST_NAME} characters"
         )
