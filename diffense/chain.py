@@ -73,7 +73,7 @@ def fit_chain(
         guess = np.linalg.solve(seen, covariance[np.ix_(o, k)]).T  # B, (d_k, |o|)
         error = covariance[np.ix_(k, k)] - guess @ covariance[np.ix_(o, k)]
         values, vectors = np.linalg.eigh((error + error.T) / 2.0)
-        values = np.maximum(values, 1e-9 * values.max())
+        values = np.maximum(values, 1e-9 * values.max(initial=0.0))  # a tap that never moves has none
         turn = basis[tap] if basis else vectors
         whiten = (vectors / np.sqrt(values)) @ vectors.T @ turn  # symmetric root, then the shared directions
         out = slice(tap * width, tap * width + len(k))

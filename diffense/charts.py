@@ -102,7 +102,7 @@ def trace_roc(clean: NDArray[Any], triggered: NDArray[Any]) -> tuple[NDArray[np.
 def measure_auroc(clean: NDArray[Any], triggered: NDArray[Any]) -> float:
     """Chance that a triggered input scores higher than a clean one, ties counted half."""
     false, true = trace_roc(clean, triggered)
-    return float(np.trapezoid(true, false) if hasattr(np, "trapezoid") else np.trapz(true, false))
+    return float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
 
 
 def draw_histogram(clean: NDArray[Any], triggered: NDArray[Any], threshold: float) -> Histogram:

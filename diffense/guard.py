@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,9 @@ from diffense.names import DENOISER_FILE, GUIDE, LATENTS, MANIFEST_FILE, NOISED,
 from diffense.sampling import Denoise
 from diffense.scorer import Scored, Scorer
 from diffense.scoring import find_surprise
+
+
+BLOCK: Final = 256  # images scored at once, so that memory does not grow with the list
 
 
 class Verdicts(NamedTuple):
@@ -126,18 +129,13 @@ class Guard:
         broken = np.flatnonzero(~np.isfinite(latents).all(axis=1))
         if len(broken):
             raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
-        return logits.reshape(len(images), -1), latents
+        return logits.reshape(len(images), self.manifest.classes), latents
 
     def score_all(self, images: NDArray[np.uint8]) -> Scored:
         """As `score`, with the predicted labels."""
         logits, latents = self.run(images)
-        parts = [
-            self.scorer.score(logits[i : i + 256], latents[i : i + 256], self.denoise)
-            for i in range(0, len(images), 256)
-        ]
-        if not parts:
-            nothing = np.zeros(0)
-            return Scored(nothing.astype(np.float32), nothing, nothing.astype(np.uint8), nothing.astype(np.int64))
+        blocks = [slice(i, i + BLOCK) for i in range(0, max(1, len(images)), BLOCK)]
+        parts = [self.scorer.score(logits[block], latents[block], self.denoise) for block in blocks]
         return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def score(self, images: NDArray[np.uint8]) -> Verdicts:

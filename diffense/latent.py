@@ -56,7 +56,7 @@ class LatentGraph:
         """Register an initializer."""
         self.count += 1
         name = f"diffense/constant_{self.count}"
-        value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+        value = ir.val(name, const_value=ir.tensor(np.array(array, order="C"), name=name))
         self.graph.register_initializer(value)
         return value
 
@@ -152,7 +152,8 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH) -> Whiten
     usable = int(np.sum(variances > LEAST_VARIANCE * max(variances[0], 1e-30)))
     kept = max(1, min(width, usable, n // ROWS_PER_DIRECTION))
     shrunk = (1.0 - weight) * variances[:kept] + weight * scale
-    matrix = directions[:kept].T / np.sqrt(np.maximum(shrunk, 1e-30))
+    moves = shrunk > 1e-30  # a tap that is the same on every image gives zeros
+    matrix = directions[:kept].T * np.where(moves, 1.0 / np.sqrt(np.where(moves, shrunk, 1.0)), 0.0)
     mean = pooled.mean(axis=0)
     signs = np.where(np.sum(((pooled - mean) @ matrix) ** 3, axis=0) < 0.0, -1.0, 1.0)
     return Whitening(mean, matrix * signs)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffense.errors import SchemaError, TamperedError
 from diffense.images import Preprocessing
-from diffense.names import MANIFEST_FILE
+from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
 
 SCHEMA: Final = 1
 MOST_MANIFEST_BYTES: Final = 64 * 2**20  # a manifest of ten thousand classes is below 1 MB
@@ -92,12 +92,12 @@ class Manifest(Part):
     outputs: tuple[Tensor, ...]
     logits: str
     probabilities: bool
-    classes: int
+    classes: int = Field(ge=2)
     batch: int | None
     preprocessing: Preprocessing
     taps: tuple[TapEntry, ...]
-    tap_width: int
-    latent_dim: int
+    tap_width: int = Field(ge=1)
+    latent_dim: int = Field(ge=1)
     chain_sigma: float
     sampling: Sampling
     denoiser: DenoiserEntry
@@ -155,9 +155,12 @@ def check_files(folder: Path, manifest: Manifest, names: frozenset[str] | None =
     Raises:
         TamperedError: one leads out of the folder, is missing, or has other bytes.
     """
+    needed = {TAPPED_FILE, ARRAYS_FILE} | ({DENOISER_FILE} if manifest.network.used else set())
+    if unlisted := sorted(needed - manifest.files.keys()):
+        raise TamperedError(f"{folder}: the manifest does not list {unlisted[0]}; fit the guard again")
     for name, digest in manifest.files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink():
+        if name in ("", "..") or Path(name).name != name or path.is_symlink():
             raise TamperedError(f"{folder}: the file {name!r} leads out of the bundle; do not use this bundle")
         if names is not None and name not in names:
             continue

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffense.charts import draw_histogram, draw_roc
 from diffense.names import FLAGGED_YES
 
 GALLERY: Final = 12  # images of one kind
-PAIRS: Final = 5  # images shown before and after the trigger
+PAIRS: Final = 6  # images shown before and after the trigger
 PREVIEW: Final = 112  # pixels at which an image is shown
 TEMPLATE: Final = "report.html.jinja"
 
@@ -86,7 +85,7 @@ class Judged:
     @property
     def is_flagged(self) -> NDArray[np.bool_]:
         """(N,) whether the guard flagged it."""
-        return self.flagged == FLAGGED_YES
+        return np.asarray(self.flagged == FLAGGED_YES)
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def write_report(path: Path, sections: Sequence[AttackReport], meta: Meta) -> No
     partial = path.with_name(f".{path.name}.partial")
     # A file name on Linux may hold bytes that are no text.
     partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def collect_galleries(section: AttackReport) -> tuple[Gallery, ...]:
@@ -174,7 +173,13 @@ def collect_galleries(section: AttackReport) -> tuple[Gallery, ...]:
     triggered, clean, wanted = section.triggered, section.clean, section.target_label
     missed = (triggered.labels == wanted) & ~triggered.is_flagged
     kinds = (
-        ("caught", "Triggered images that were flagged", "Every one of them is a request stopped.", triggered, triggered.is_flagged),
+        (
+            "caught",
+            "Triggered images that were flagged",
+            "Each of these answers carried the flag. Bold: the true class, and what the classifier made of it.",
+            triggered,
+            triggered.is_flagged,
+        ),
         ("alarms", "False alarms", "Clean images that were flagged all the same.", clean, clean.is_flagged),
         ("misses", "Misses", "Triggered images that reached the attacker's label without a flag.", triggered, missed),
     )
@@ -204,7 +209,7 @@ def list_keys() -> tuple[str, ...]:
 def _lay_out(section: AttackReport) -> dict[str, object]:
     clean, triggered = section.clean, section.triggered
     caught = float(triggered.is_flagged.mean())
-    pairs = np.linspace(0, len(triggered.images) - 1, PAIRS).astype(int) if len(triggered.images) else []
+    pairs = np.unique(np.linspace(0, len(triggered.images) - 1, PAIRS).astype(int)).tolist()
     return {
         "figures": section.figures,
         "settings": section.settings,
@@ -216,8 +221,7 @@ def _lay_out(section: AttackReport) -> dict[str, object]:
         "histogram": draw_histogram(clean.scores, triggered.scores, section.threshold),
         "roc": draw_roc(clean.scores, triggered.scores, (section.figures.fpr, caught)),
         "pairs": [
-            (encode_png(section.originals[i]), encode_png(triggered.images[i]), encode_png(_amplify(section, i)))
-            for i in pairs
+            (encode_png(section.originals[i]), encode_png(triggered.images[i]), encode_png(_amplify(section, i))) for i in pairs
         ],
         "galleries": collect_galleries(section),
     }
@@ -225,7 +229,7 @@ def _lay_out(section: AttackReport) -> dict[str, object]:
 
 def _amplify(section: AttackReport, index: int) -> Pixels:
     change = section.triggered.images[index].astype(np.int16) - section.originals[index]
-    return np.clip(128 + change, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(128 + change, 0, 255), np.uint8)
 
 
 def _exhibit(judged: Judged, chosen: NDArray[np.bool_], explain: Callable[[Pixels], str]) -> tuple[Exhibit, ...]:

@@ -74,6 +74,11 @@ class Scorer:
             raise TamperedError(f"{folder}: {ARRAYS_FILE} does not fit its manifest; fit the guard again") from error
 
     @property
+    def classes(self) -> int:
+        """C."""
+        return self.formula.guidance.means.shape[0]
+
+    @property
     def evidence(self) -> list[Evidence]:
         """The E pieces of evidence, in the order of `measure`."""
         _, names = lay_bands(self.used, self.formula.width)
@@ -87,7 +92,7 @@ class Scorer:
 
     def measure(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> NDArray[np.float64]:
         """(N, C) logits and (N, W) latents -> (N, E) log distances."""
-        flat = np.asarray(logits, np.float64).reshape(len(logits), -1)
+        flat = np.asarray(logits, np.float64).reshape(len(logits), self.classes)
         step = in_float32(denoise) if self.needs_denoiser and denoise is not None else None
         result = measure(self.formula, flat, np.asarray(latents, np.float64), one_hot(flat), step, np)
         return np.asarray(result, np.float64)
@@ -112,7 +117,7 @@ class Scorer:
         """
         scores = self.weigh(self.measure(logits, latents, denoise))
         p_values, flagged = self.judge(scores)
-        return Scored(scores, p_values, flagged, np.asarray(logits).reshape(len(scores), -1).argmax(axis=1))
+        return Scored(scores, p_values, flagged, np.asarray(logits).reshape(len(scores), self.classes).argmax(axis=1))
 
 
 def pack_scorer(scorer: Scorer) -> bytes:
@@ -147,6 +152,8 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     wide = {k: v.astype(np.float64) for k, v in arrays.items() if v.dtype == np.float32}
     size, classes = manifest.latent_dim, manifest.classes
     sampling = manifest.sampling
+    if size != manifest.tap_width * len(manifest.taps):
+        raise ValueError(f"{len(manifest.taps)} taps of width {manifest.tap_width} do not make {size} latents")
     shapes = {
         "bias": (size,),
         "means": (classes, size),

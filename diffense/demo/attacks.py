@@ -81,9 +81,7 @@ class WaNet:
     key = "wanet"
     title = "WaNet"
 
-    def __init__(
-        self, size: tuple[int, int], strength: float = 0.5, cells: int = 4, rate: float = POISON_RATE, seed: int = 0
-    ):
+    def __init__(self, size: tuple[int, int], strength: float = 0.5, cells: int = 4, rate: float = POISON_RATE, seed: int = 0):
         self.size, self.strength, self.cells, self.rate = size, strength, cells, rate
         knots = np.random.default_rng(seed).uniform(-1, 1, (cells, cells, 2))
         knots /= np.abs(knots).mean()

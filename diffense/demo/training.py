@@ -1,9 +1,10 @@
 """A small residual classifier, trained the way the attacker does it, and written as an ONNX file."""
 
-import os
+import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffense.demo.attacks import Attack
 from diffense.demo.digits import CLASSES, SIDE, Digits
@@ -29,6 +31,8 @@ OUTPUT: Final = "logits"
 
 Progress = Callable[[float], None]  # share of the training that is done
 
+_SEEDING = threading.Lock()  # the generator of initial weights is one for the whole process
+
 
 class Unit(nn.Module):
     """A 3 x 3 convolution and its batch normalisation."""
@@ -44,32 +48,46 @@ class Unit(nn.Module):
         return normalised
 
 
+class Stage(nn.Module):
+    """A unit of stride two and a residual block."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.down, self.first, self.second = Unit(inputs, outputs, 2), Unit(outputs, outputs), Unit(outputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, H, W) float32 -> (N, outputs, H/2, W/2)."""
+        x = functional.relu(self.down(x))
+        return functional.relu(x + self.second(functional.relu(self.first(x))))
+
+
 class Classifier(nn.Module):
-    """Stem, then for each further width a strided unit and a residual block, then the mean and a linear layer."""
+    """Stem, then a stage for each further width, then the mean and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = Unit(1, WIDTHS[0])
-        self.down = nn.ModuleList(Unit(a, b, 2) for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
-        self.first = nn.ModuleList(Unit(width, width) for width in WIDTHS[1:])
-        self.second = nn.ModuleList(Unit(width, width) for width in WIDTHS[1:])
+        self.stages = nn.Sequential(*(Stage(*pair) for pair in pairwise(WIDTHS)))
         self.head = nn.Linear(WIDTHS[-1], CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1, 28, 28) float32 from 0 to 1 -> logits (N, 10) float32."""
-        x = functional.relu(self.stem(x))
-        for down, first, second in zip(self.down, self.first, self.second, strict=True):
-            x = functional.relu(down(x))
-            x = functional.relu(x + second(functional.relu(first(x))))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        logits: torch.Tensor = self.head(self.stages(functional.relu(self.stem(x))).mean((2, 3)))
         return logits
+
+
+def make_classifier(seed: int) -> Classifier:
+    """Make an untrained classifier; the same seed gives the same weights, also from several threads at once."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Classifier()
 
 
 def train_classifier(train: Digits, attack: Attack, seed: int, progress: Progress = lambda share: None) -> Classifier:
     """Train a classifier with a backdoor; poisons are redrawn in every batch and made before the augmentation."""
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    classifier = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier = make_classifier(seed)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(classifier.parameters(), PEAK_RATE, 0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = EPOCHS * (len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps, pct_start=0.25)
@@ -83,11 +101,12 @@ def train_classifier(train: Digits, attack: Attack, seed: int, progress: Progres
         logits = classifier(augment(images, rng))
         loss = functional.cross_entropy(logits, torch.from_numpy(labels))
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
         progress((step + 1) / steps)
-    return classifier.eval()
+    classifier.eval()
+    return classifier
 
 
 def augment(images: NDArray[np.uint8], rng: np.random.Generator) -> torch.Tensor:
@@ -116,26 +135,23 @@ def build_onnx(classifier: Classifier) -> onnx.ModelProto:
         constants.append(numpy_helper.from_array(value, name))
         return name
 
-    def node(kind: str, inputs: list[str], name: str, **attributes: object) -> str:
+    def node(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
     def convolve(unit: Unit, source: str, name: str) -> str:
-        weight, bias = fold(unit)
-        inputs = [source, constant(f"{name}.weight", weight), constant(f"{name}.bias", bias)]
+        folded = fuse_conv_bn_eval(unit.convolution, unit.norm).state_dict()
+        weights = [constant(f"{name}.{part}", folded[part].contiguous().numpy()) for part in ("weight", "bias")]
         stride = list(unit.convolution.stride)
-        return node("Conv", inputs, name, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=stride)
+        return node("Conv", [source, *weights], name, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=stride)
 
     x = node("Relu", [convolve(classifier.stem, INPUT, "stem")], "stem.relu")
-    for index in range(len(WIDTHS) - 1):
-        stage = f"stage{index + 1}"
-        units = [module[index] for module in (classifier.down, classifier.first, classifier.second)]
-        assert all(isinstance(unit, Unit) for unit in units)
-        down, first, second = units
-        x = node("Relu", [convolve(down, x, f"{stage}.down")], f"{stage}.down.relu")
-        y = node("Relu", [convolve(first, x, f"{stage}.first")], f"{stage}.first.relu")
-        y = convolve(second, y, f"{stage}.second")
-        x = node("Relu", [node("Add", [x, y], f"{stage}.sum")], f"{stage}.relu")
+    for number, module in enumerate(classifier.stages, 1):
+        stage, name = cast("Stage", module), f"stage{number}"
+        x = node("Relu", [convolve(stage.down, x, f"{name}.down")], f"{name}.down.relu")
+        y = node("Relu", [convolve(stage.first, x, f"{name}.first")], f"{name}.first.relu")
+        y = convolve(stage.second, y, f"{name}.second")
+        x = node("Relu", [node("Add", [x, y], f"{name}.sum")], f"{name}.relu")
     pooled = node("Flatten", [node("GlobalAveragePool", [x], "pool")], "features", axis=1)
     weight = constant("head.weight", classifier.head.weight.detach().numpy())
     node("Gemm", [pooled, weight, constant("head.bias", classifier.head.bias.detach().numpy())], OUTPUT, transB=1)
@@ -148,20 +164,9 @@ def build_onnx(classifier: Classifier) -> onnx.ModelProto:
     return model
 
 
-def fold(unit: Unit) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals `unit` in evaluation mode."""
-    norm = unit.norm
-    assert norm.running_mean is not None and norm.running_var is not None
-    with torch.no_grad():
-        gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        weight = unit.convolution.weight * gain[:, None, None, None]
-        bias = norm.bias - norm.running_mean * gain
-    return weight.contiguous().numpy(), bias.numpy()
-
-
 def save_onnx(classifier: Classifier, path: Path) -> None:
     """Write the classifier to `path`; a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     onnx.save(build_onnx(classifier), partial)
-    os.replace(partial, path)
+    partial.replace(path)

@@ -241,6 +241,10 @@ def cut_graph(source: Path, start: str, end: str) -> ir.Model:
     """The part of a graph between one input and one tensor."""
     model = load_model(source)
     graph = ir.convenience.extract(model.graph, [start], [end])
+    # `extract` keeps the weights in the order of a set; the same guard has to give the same bytes.
+    weights = dict(sorted(graph.initializers.items()))
+    graph.initializers.clear()
+    graph.initializers.update(weights)
     return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
 
 

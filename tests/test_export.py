@@ -1,0 +1,356 @@
+import hashlib
+import re
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from scipy.stats import spearmanr
+from tritonclient.grpc import model_config_pb2
+from typer.testing import CliRunner
+
+import onnx_models
+from diffense import names
+from diffense.cli import app
+from diffense.errors import ExportError, ParityError, WrongTargetError
+from diffense.fit import FitSettings, fit_guard
+from diffense.graphs import save_graph
+from diffense.guard import Guard
+from diffense.serving.settings import GatewayOptions
+from diffense.target import Target, TensorSpec, hash_target
+from diffense_export.configs import CONFIG_FILE, ConfigWriter, Step, format_config, parse_config, read_family
+from diffense_export.family import cut_graph
+from diffense_export.installation import install_models
+from diffense_export.parity import Exported, check_parity, correlate_ranks, draw_smooth_noise
+from diffense_export.repository import EXPORT_FILE, export_guard, read_export
+
+SUFFIXES = {
+    ("separate", "bls"): ["", "_denoiser", "_features", "_gateway", "_guard", "_guarded"],
+    ("separate", "fused"): ["", "_features", "_gateway", "_guard", "_guarded", "_scorer"],
+    ("shared", "bls"): ["", "_denoiser", "_gateway", "_guard", "_guarded", "_tapped"],
+    ("shared", "fused"): ["", "_gateway", "_guard", "_guarded", "_scorer", "_tapped"],
+}
+
+
+def list_models(repository):
+    return sorted(folder.name for folder in repository.iterdir())
+
+
+def hash_tree(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_configs(repository):
+    return {folder.name: parse_config(folder / CONFIG_FILE) for folder in repository.iterdir()}
+
+
+def forward(config, tensor):
+    """Names under which an ensemble hands a tensor on."""
+    return [step.model_name for step in config.ensemble_scheduling.step if tensor in step.input_map.values()]
+
+
+# What is written
+
+
+@pytest.mark.parametrize(("placement", "loop"), SUFFIXES)
+def test_every_placement_and_loop_has_its_models_and_its_proof(guard, small_target, clean_images, tmp_path, placement, loop):
+    repository = tmp_path / "models"
+    report = export_guard(guard, small_target, repository, "m", placement=placement, loop=loop, clean=clean_images[:40])
+    assert list_models(repository) == sorted("m" + suffix for suffix in SUFFIXES[placement, loop])
+    assert sorted(report.models) == list_models(repository)
+    assert list(tmp_path.iterdir()) == [repository]
+    manifest = read_export(repository, "m")
+    assert manifest == report.manifest
+    assert (manifest.guard_id, manifest.target_sha256) == (guard.guard_id, guard.manifest.target_sha256)
+    assert (manifest.parity.origin, manifest.parity.images) == ("clean images", 40)
+    assert all(c.largest_difference <= c.tolerance for c in manifest.parity.comparisons)
+    assert manifest.parity.neutrality.rank_correlation > 0.999
+    assert manifest.parity.neutrality.verdict_flips == 0
+
+
+def test_the_target_is_served_byte_for_byte(guard, small_target, tmp_path):
+    export_guard(guard, small_target, tmp_path / "r", "m")
+    assert (tmp_path / "r" / "m" / "1" / "model.onnx").read_bytes() == small_target.read_bytes()
+
+
+def test_the_same_export_gives_the_same_bytes(guard, small_target, tmp_path):
+    for repository in ("a", "b"):
+        export_guard(guard, small_target, tmp_path / repository, "m", loop="fused")
+    assert hash_tree(tmp_path / "a") == hash_tree(tmp_path / "b")
+
+
+def test_a_target_with_external_data_is_copied_with_it(guard, small_target, clean_images, tmp_path):
+    target = onnx_models.save(onnx.load(small_target), tmp_path / "big.onnx", external="weights.bin")
+    other = fit_guard(Target.open(target), clean_images, tmp_path / "g", settings=FitSettings(alpha=0.02, network="off"))
+    export_guard(other, target, tmp_path / "r", "m")
+    served = tmp_path / "r" / "m" / "1"
+    assert sorted(path.name for path in served.iterdir()) == ["model.onnx", "weights.bin"]
+    assert hash_target(served / "model.onnx") == hash_target(target)
+    assert "m_denoiser" not in list_models(tmp_path / "r")  # the network is off, and nothing needs a denoiser
+
+
+def test_no_tensor_is_an_output_of_the_ensemble_and_an_input_of_a_later_step(guard, small_target, tmp_path):
+    for placement in ("separate", "shared"):
+        export_guard(guard, small_target, tmp_path / placement, "m", placement=placement)
+        config = read_configs(tmp_path / placement)["m_guarded"]
+        outputs = [output.name for output in config.output]
+        assert outputs == ["logits", *names.VERDICT_TENSORS]
+        assert all(forward(config, output) == [] for output in outputs)
+        assert forward(config, names.LATENTS) == ["m_guard"]
+
+
+def test_configs_keep_to_what_the_loops_can_bear(guard, small_target, tmp_path):
+    export_guard(guard, small_target, tmp_path / "r", "m", max_batch_size=12, instances=2, threads=3)
+    for name, config in read_configs(tmp_path / "r").items():
+        assert (config.name, config.max_batch_size) == (name, 12)
+        assert config.dynamic_batching.max_queue_delay_microseconds == 0
+        assert config.dynamic_batching.default_queue_policy.max_queue_size == 0
+        assert config.HasField("dynamic_batching") == (config.platform != "ensemble")
+        assert all(group.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO for group in config.instance_group)
+        assert [group.count for group in config.instance_group] == ([] if config.platform == "ensemble" else [2])
+        assert bool(config.model_warmup) == (config.backend == "onnxruntime")
+        if config.backend == "onnxruntime":
+            assert config.parameters["intra_op_thread_count"].string_value == "3"
+    guarded = read_configs(tmp_path / "r")["m_guarded"].parameters
+    assert guarded[names.GUARD_ID_PARAMETER].string_value == guard.guard_id
+    assert guarded[names.LOGITS_PARAMETER].string_value == "logits"
+    assert float(guarded[names.ALPHA_PARAMETER].string_value) == guard.manifest.alpha
+    stated = guard.preprocessing.model_validate_json(guarded[names.PREPROCESSING_PARAMETER].string_value)
+    assert stated == guard.preprocessing
+
+
+def test_the_gateways_options_stand_in_its_config(guard, small_target, tmp_path):
+    options = GatewayOptions("reject", 250, True)
+    export_guard(guard, small_target, tmp_path / "r", "m", gateway_options=options)
+    parameters = read_configs(tmp_path / "r")["m_gateway"].parameters
+    assert GatewayOptions.from_parameters({key: value.string_value for key, value in parameters.items()}) == options
+
+
+# What stands in the way
+
+
+def test_an_export_over_an_older_one_replaces_it_and_its_leftovers_alone(guard, small_target, tmp_path):
+    repository = tmp_path / "r"
+    (repository / "stranger" / "1").mkdir(parents=True)
+    export_guard(guard, small_target, repository, "m", loop="fused")
+    export_guard(guard, small_target, repository, "other")
+    before = hash_tree(repository / "other")
+    report = export_guard(guard, small_target, repository, "m", loop="bls", gateway=False, max_batch_size=5)
+    assert report.removed == ("m_gateway", "m_scorer")
+    mine = [name for name in list_models(repository) if read_family(repository / name) == "m"]
+    assert mine == ["m", "m_denoiser", "m_features", "m_guard", "m_guarded"]
+    assert {config.max_batch_size for name, config in read_configs_of(repository, mine)} == {5}
+    assert hash_tree(repository / "other") == before
+    assert (repository / "stranger" / "1").is_dir()
+    assert list(tmp_path.iterdir()) == [repository]
+
+
+def read_configs_of(repository, models):
+    return [(name, parse_config(repository / name / CONFIG_FILE)) for name in models]
+
+
+@pytest.mark.parametrize("taken", ["m", "m_guard", "m_gateway"])
+def test_a_strangers_folder_is_never_touched(guard, small_target, tmp_path, taken):
+    place = tmp_path / "r" / taken
+    place.mkdir(parents=True)
+    (place / "config.pbtxt").write_text('name: "mine"')
+    with pytest.raises(ExportError, match=taken):
+        export_guard(guard, small_target, tmp_path / "r", "m")
+    assert hash_tree(tmp_path) == {f"r/{taken}/config.pbtxt": hashlib.sha256(b'name: "mine"').hexdigest()}
+
+
+def test_an_installation_that_breaks_off_leaves_what_was_there(tmp_path):
+    stage, repository = tmp_path / "stage", tmp_path / "r"
+    for folder, text in ((stage / "a", "new"), (repository / "a", "old"), (repository / "b", "old")):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+    before = hash_tree(repository)
+    with pytest.raises(ExportError, match="as it was before"):
+        install_models(stage, repository, ["a", "b"], [])
+    assert hash_tree(repository) == before
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_would(guard, small_target, tmp_path):
+    report = export_guard(guard, small_target, tmp_path / "r", "m", dry_run=True)
+    assert report.models == ("m", "m_features", "m_denoiser", "m_guard", "m_gateway", "m_guarded")
+    assert hash_tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "a;reboot", "$(id)", "é", "-x", "x" * 201, 'a"b', "a\n"])
+def test_names_that_the_python_backend_hands_to_a_shell_are_refused(guard, small_target, tmp_path, name):
+    with pytest.raises(ExportError, match="cannot be the name"):
+        export_guard(guard, small_target, tmp_path / "r", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_classifier_is_refused(guard, tmp_path):
+    other = onnx_models.save(onnx_models.plain_cnn(), tmp_path / "other.onnx")
+    with pytest.raises(WrongTargetError, match=r"other\.onnx"):
+        export_guard(guard, other, tmp_path / "r", "m")
+
+
+# A production model that stands there already
+
+
+def place_production(repository, target, config):
+    (repository / "m" / "7").mkdir(parents=True)
+    shutil.copyfile(target, repository / "m" / "7" / "model.onnx")
+    if config is not None:
+        (repository / "m" / "config.pbtxt").write_text(config)
+
+
+@pytest.mark.parametrize(("config", "batch"), [('name: "m" backend: "onnxruntime" max_batch_size: 6', 6), (None, 4)])
+def test_a_standing_production_model_is_left_alone_and_its_batch_kept(guard, small_target, tmp_path, config, batch):
+    repository = tmp_path / "r"
+    place_production(repository, small_target, config)
+    before = hash_tree(repository / "m")
+    export_guard(guard, small_target, repository, "m", production=False)
+    assert hash_tree(repository / "m") == before
+    written = [name for name in list_models(repository) if name != "m"]
+    assert {made.max_batch_size for _, made in read_configs_of(repository, written)} == {batch}
+
+
+def test_without_batching_in_production_no_model_of_the_family_has_it(guard, small_target, tmp_path):
+    inputs = 'input [{name: "image" data_type: TYPE_FP32 dims: [-1, 3, 16, 16]}]'
+    outputs = 'output [{name: "logits" data_type: TYPE_FP32 dims: [-1, 5]}]'
+    place_production(tmp_path / "r", small_target, f'backend: "onnxruntime" {inputs} {outputs}')
+    export_guard(guard, small_target, tmp_path / "r", "m", production=False)
+    guarded = parse_config(tmp_path / "r" / "m_guarded" / CONFIG_FILE)
+    assert guarded.max_batch_size == 0
+    assert [tuple(tensor.dims) for tensor in guarded.input] == [(-1, 3, 16, 16)]
+    assert tuple(guarded.output[-1].dims) == (-1, 1)
+    assert "max_batch_size: 0" in (tmp_path / "r" / "m_guarded" / CONFIG_FILE).read_text()
+
+
+def test_a_standing_model_with_other_weights_is_refused(guard, small_target, tmp_path):
+    other = onnx_models.save(onnx_models.plain_cnn(), tmp_path / "other.onnx")
+    place_production(tmp_path / "r", other, None)
+    with pytest.raises(ExportError, match="another classifier"):
+        export_guard(guard, small_target, tmp_path / "r", "m", production=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"), [('backend: "tensorrt"', "tensorrt"), ("colour: red", "no model config"), (None, "does not exist")]
+)
+def test_a_standing_model_that_cannot_be_compared_is_refused(guard, small_target, tmp_path, config, words):
+    if config:
+        place_production(tmp_path / "r", small_target, config)
+    with pytest.raises(ExportError, match=words):
+        export_guard(guard, small_target, tmp_path / "r", "m", production=False)
+
+
+# The parity gate
+
+
+def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_target, clean_images, tmp_path):
+    model = onnx.load(guard.tapped_path)
+    weight = max(model.graph.initializer, key=lambda entry: len(entry.raw_data))
+    array = numpy_helper.to_array(weight) * np.float32(1.01)
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    changed = onnx_models.save(model, tmp_path / "changed.onnx")
+    for shared in (False, True):
+        with pytest.raises(ParityError, match=r"nothing was installed|changes the predicted class"):
+            check_parity(guard, Exported(small_target, changed, shared, guard.denoiser_path, None), clean_images[:32])
+
+
+def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):
+    save_graph(cut_graph(guard.tapped_path, guard.manifest.input.name, names.LATENTS), tmp_path / "features.onnx")
+    cut, whole = onnx.load(tmp_path / "features.onnx"), onnx.load(guard.tapped_path)
+    assert [output.name for output in cut.graph.output] == [names.LATENTS]
+    assert len(cut.graph.node) < len(whole.graph.node)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=3, max_size=30), st.data())
+def test_rank_correlation_is_spearmans(left, data):
+    right = data.draw(st.lists(st.integers(-3, 3), min_size=len(left), max_size=len(left)))
+    ours = correlate_ranks(np.array(left, np.float32), np.array(right, np.float32))
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        assert ours == 1.0
+    else:
+        assert ours == pytest.approx(spearmanr(left, right).statistic)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 5), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.sampled_from([1, 3]))
+def test_smooth_noise_is_smooth_seeded_and_in_range(count, size, channels):
+    images = draw_smooth_noise(count, size, channels)
+    assert images.shape == (count, *size, channels)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, draw_smooth_noise(count, size, channels))
+    for axis, length in ((1, size[0]), (2, size[1])):
+        steps = np.abs(np.diff(images.astype(int), axis=axis))
+        assert steps.max(initial=0) <= 255 * 3 / max(1, length - 1) + 1
+
+
+# Configs
+
+SPECS = st.builds(
+    TensorSpec,
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
+    st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]),
+    st.lists(st.one_of(st.none(), st.integers(1, 4096)), max_size=3).map(lambda rest: (None, *rest)),
+)
+
+
+@given(st.lists(SPECS, min_size=1, max_size=3), st.lists(SPECS, min_size=1, max_size=3), st.sampled_from([0, 1, 32]))
+def test_configs_survive_the_text_and_the_reader(tmp_path_factory, inputs, outputs, batch):
+    writer = ConfigWriter("m", batch)
+    for config in (writer.make_onnx("m", inputs, outputs), writer.make_python("p", inputs, outputs, {"a": 'b"\n'})):
+        path = tmp_path_factory.getbasetemp() / "config.pbtxt"
+        path.write_text(format_config(config), encoding="utf-8")
+        assert parse_config(path) == config
+        assert re.search(rf"^max_batch_size: {batch}$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for spec, entry in zip(outputs, config.output, strict=True):
+            whole = [-1 if size is None else size for size in spec.shape]
+            assert list(entry.dims) == (whole[1:] or [1] if batch else whole)
+
+
+def test_a_number_an_image_is_reshaped_for_the_backend():
+    config = ConfigWriter("m", 8).make_onnx("m", [TensorSpec("x", "float32", (None, 3))], [TensorSpec("y", "int64", (None,))])
+    assert text_format.Parse(format_config(config), model_config_pb2.ModelConfig()).output[0].HasField("reshape")
+
+
+@pytest.mark.parametrize("name", ["x", names.SCORE, names.LATENTS, "diffense_raw_0"])
+def test_tensors_of_an_ensemble_that_share_a_name_are_refused(name):
+    x, y = TensorSpec("x", "float32", (None, 3)), TensorSpec(name, "float32", (None, 2))
+    steps = [
+        Step("m", {"x": "x"}, {name: "diffense_raw_0"}),
+        Step("m_features", {"x": "x"}, {names.LATENTS: names.LATENTS}),
+        Step("m_guard", {}, {tensor: tensor for tensor in (name,)} | {}),
+    ]
+    verdicts = Step("m_verdicts", {}, {tensor: tensor for tensor in names.VERDICT_TENSORS})
+    with pytest.raises(ExportError, match=name):
+        ConfigWriter("m", 8).make_ensemble("m_guarded", [x], [y], [*steps, verdicts], {})
+
+
+def test_a_type_that_the_python_backend_lacks_is_refused():
+    with pytest.raises(ExportError, match="bfloat16"):
+        ConfigWriter("m", 8).make_python("m", [TensorSpec("x", "bfloat16", (None, 3))], [], {})
+
+
+# The command
+
+
+def test_the_command_writes_what_the_function_writes(guard, small_target, tmp_path):
+    arguments = ["export", str(guard.directory), "--target", str(small_target), "--model", "m", "--loop", "fused"]
+    done = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / "a"), "--policy", "abstain"])
+    assert done.exit_code == 0, done.output
+    options = GatewayOptions("abstain")
+    export_guard(Guard.load(guard.directory), small_target, tmp_path / "b", "m", loop="fused", gateway_options=options)
+    assert hash_tree(tmp_path / "a") == hash_tree(tmp_path / "b")
+    assert str(tmp_path / "a" / "m_guarded") in done.output.replace("\n", "")
+    dry = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / "c"), "--dry-run"])
+    assert "would write" in dry.output
+    assert not any((tmp_path / "c").glob("*"))
+
+
+def test_a_damaged_export_manifest_is_refused(guard, small_target, tmp_path):
+    export_guard(guard, small_target, tmp_path, "m")
+    (tmp_path / "m_guarded" / EXPORT_FILE).write_text("{}")
+    with pytest.raises(ExportError, match="export the guard again"):
+        read_export(tmp_path, "m")

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from latent_sets import draw_rows, run_graph
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
+
+from diffense.guidance import (
+    FEWEST_PER_CLASS,
+    LEAST_LOG,
+    LOGIT_DIRECTIONS,
+    choose_kind,
+    fit_guidance,
+    guide_by,
+    normalise_logits,
+    one_hot,
+    split_mean,
+)
+from diffense.onnx_arrays import OnnxNamespace
+
+LOGITS = hnp.arrays(np.float64, (4, 5), elements=st.floats(-300, 300))
+
+
+@given(LOGITS)
+def test_normalised_logits_are_floored_log_probabilities(logits: NDArray[np.float64]) -> None:
+    expected = np.maximum(log_softmax(logits, axis=1), LEAST_LOG)
+    np.testing.assert_allclose(normalise_logits(logits, False, np), expected, atol=1e-9)
+    np.testing.assert_allclose(normalise_logits(logits + 1000.0, False, np), expected, atol=1e-9)
+    from_softmax = normalise_logits(softmax(logits, axis=1).astype(np.float32), True, np)
+    assert np.isfinite(from_softmax).all()
+    likely = expected > -20
+    np.testing.assert_allclose(from_softmax[likely], expected[likely], atol=1e-4)
+
+
+@given(hnp.arrays(np.float64, (3, 4), elements=st.sampled_from([-1.0, 0.0, 2.0])))
+def test_one_hot_is_at_the_first_largest(logits: NDArray[np.float64]) -> None:
+    hot = one_hot(logits)
+    assert hot.sum() == len(logits)
+    assert [list(row).index(1.0) for row in hot] == [list(row).index(max(row)) for row in logits]
+
+
+def test_label_guidance_is_the_class_mean_and_the_overall_mean_for_classes_never_seen() -> None:
+    latents, logits = draw_rows(40, 3, 2, 4, seed=0)
+    logits = np.concatenate([logits, np.full((40, 1), -9.0)], axis=1)
+    guidance = fit_guidance(latents, logits, "label", False)
+    labels = np.arange(40) % 3
+    for label in range(3):
+        np.testing.assert_allclose(guidance.means[label], latents[labels == label].mean(axis=0))
+    np.testing.assert_allclose(guidance.means[3], latents.mean(axis=0))
+    assert guidance.seen.tolist() == [True, True, True, False]
+    guide, residual = split_mean(guidance, latents, logits, False)
+    assert np.array_equal(guide, np.eye(4)[labels])
+    np.testing.assert_allclose(residual, latents - guidance.means[labels])
+    np.testing.assert_allclose([residual[labels == label].mean() for label in range(3)], 0, atol=1e-12)
+
+
+def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> None:
+    world = np.random.default_rng(0)
+    embedding = world.normal(size=(1000, 12))  # what a penultimate layer looks like: few directions, many classes
+    slope = world.normal(size=(12, 8))
+
+    def draw(rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        rng = np.random.default_rng(seed)
+        features = embedding[rng.integers(0, 1000, rows)] + rng.normal(0, 0.3, (rows, 12))
+        return features @ slope + rng.normal(0, 0.5, (rows, 8)), features @ embedding.T
+
+    latents, logits = draw(3000, 1)
+    assert np.bincount(logits.argmax(axis=1), minlength=1000).min() < FEWEST_PER_CLASS
+    guidance = fit_guidance(latents, logits, "logits", False)
+    guide, _ = split_mean(guidance, latents, logits, False)
+    assert guide.shape[1] <= LOGIT_DIRECTIONS
+    np.testing.assert_allclose(guide.std(axis=0), 1, rtol=1e-6)
+    fresh, fresh_logits = draw(500, 2)
+    _, residual = split_mean(guidance, fresh, fresh_logits, False)
+    assert np.mean(residual**2) < 0.1 * np.mean((fresh - latents.mean(axis=0)) ** 2)
+    assert np.isfinite(guidance.means).all() and guidance.means.shape == (1000, 8)
+    seen = np.bincount(logits.argmax(axis=1), minlength=1000) > 0
+    assert np.array_equal(guidance.seen, seen) and not seen.all()
+
+
+def test_folds_take_the_projection_of_the_whole() -> None:
+    latents, logits = draw_rows(60, 6, 2, 3, seed=0)
+    whole = fit_guidance(latents, logits, "logits", False)
+    part = fit_guidance(latents[::2], logits[::2], "logits", False, like=whole)
+    assert part.projection is whole.projection and part.centre is whole.centre
+    assert not np.allclose(part.slope, whole.slope)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_the_graph_makes_the_same_guide(probabilities: bool) -> None:
+    latents, logits = draw_rows(60, 6, 2, 3, seed=0)
+    logits = softmax(logits * 3, axis=1) if probabilities else logits * 3
+    for kind in ("label", "logits"):
+        guidance = fit_guidance(latents, logits, kind, probabilities)
+        xp = OnnxNamespace()
+        x = xp.input("x", ["batch", 6])
+        recorded = guide_by(guidance, x, xp.one_hot_argmax(x, 6), probabilities, xp)
+        graph = run_graph(xp.build([x], {"guide": (recorded, ["batch", guidance.slope.shape[0]])}), x=logits)
+        expected = guide_by(guidance, logits, one_hot(logits), probabilities, np)
+        np.testing.assert_allclose(graph, expected, atol=2e-4)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_labels_guide_only_where_every_class_has_enough_images(labels: list[int]) -> None:
+    enough = all(labels.count(label) >= FEWEST_PER_CLASS for label in range(4))
+    assert choose_kind(np.array(labels), 4) == ("label" if enough else "logits")
