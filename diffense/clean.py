@@ -40,7 +40,7 @@ class CleanSet:
     @property
     def labels(self) -> NDArray[np.int64]:
         """(n,) predicted labels."""
-        return self.logits.argmax(axis=1)
+        return np.asarray(self.logits.argmax(axis=1), np.int64)
 
 
 def count_calibration(images: int, alpha: float) -> int:
@@ -120,7 +120,7 @@ def collect_clean(
 
     def predict(changed: NDArray[np.uint8]) -> NDArray[np.int64]:
         seen.append(run(changed))
-        return seen[-1][0].argmax(axis=1)
+        return np.asarray(seen[-1][0].argmax(axis=1), np.int64)
 
     seen: list[tuple[Any, Any]] = []
     copies, source = make_copies(images, logits.argmax(axis=1), predict, generator)

@@ -47,9 +47,7 @@ class LatentSet:
     probabilities: bool
     chain_sigma: float
 
-    def fit_linear(
-        self, rows: NDArray[np.bool_], whole: tuple[Guidance, Chain] | None = None
-    ) -> tuple[Guidance, Chain]:
+    def fit_linear(self, rows: NDArray[np.bool_], whole: tuple[Guidance, Chain] | None = None) -> tuple[Guidance, Chain]:
         """Fit guidance and chain on these rows; with those of the whole set given, in their coordinates."""
         like, basis = (whole[0], whole[1].basis) if whole else (None, None)
         guidance = fit_guidance(self.latents[rows], self.logits[rows], self.kind, self.probabilities, like)

@@ -39,7 +39,7 @@ def init_weights(taps: int, width: int, guide: int, generator: np.random.Generat
     """
 
     def dense(rows: int, columns: int, gain: float = 1.0) -> NDArray[np.float32]:
-        return (generator.standard_normal((rows, columns)) * gain / np.sqrt(rows)).astype(np.float32)
+        return np.asarray(generator.standard_normal((rows, columns)) * gain / np.sqrt(rows), np.float32)
 
     def zeros(*shape: int) -> NDArray[np.float32]:
         return np.zeros(shape, np.float32)
@@ -139,9 +139,7 @@ def silu(x: Any, xp: Any) -> Any:
     return x * 0.5 * (xp.tanh(x * 0.5) + 1.0)
 
 
-def build_denoiser(
-    weights: Mapping[str, NDArray[np.float32]], shape: tuple[int, int, int], label_guidance: float
-) -> ir.Model:
+def build_denoiser(weights: Mapping[str, NDArray[np.float32]], shape: tuple[int, int, int], label_guidance: float) -> ir.Model:
     """Write the denoiser as an ONNX graph: noised, sigma, residual, guide -> sample, float32, N dynamic."""
     rows, taps, width = shape
     guide_size = weights["context_guide"].shape[0]

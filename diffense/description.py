@@ -64,13 +64,11 @@ class GuardDescription(BaseModel):
             "guard": self.guard_id,
             "of": f"{m.target_name} (SHA-256 {m.target_sha256[:16]}…)",
             "alpha": f"{m.alpha:g}, realised between {low:.2%} and {high:.2%} (90 % interval)",
-            "clean images": f"{m.clean.given}: {m.clean.fitted} fitted (and {m.clean.copies} copies), {m.calibration_size} calibrate",
+            "clean images": f"{m.clean.given}: {m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate",
             "guided by": m.clean.guide,
             "network": f"{'on' if m.network.used else 'off'}: {m.network.reason}",
             "sampling": f"sigma {sigmas}; {m.sampling.steps} steps, {m.sampling.draws} draws",
-            "shared placement": "logits bit-identical"
-            if m.shared_exact
-            else f"logits differ by up to {m.shared_max_difference:.1e}, labels {'the same' if m.shared_same_labels else 'differ'}",
+            "shared placement": "logits bit-identical" if m.shared_exact else f"logits differ by {m.shared_max_difference:.1e}",
             "files": ", ".join(m.files),
         }
 

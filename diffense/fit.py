@@ -175,7 +175,7 @@ def fit_guard(
             ),
             alpha=settings.alpha,
             calibration_size=calibration_size,
-            false_alarm_interval=tuple(round(v, 6) for v in bound_false_alarms(calibration_size, settings.alpha)),
+            false_alarm_interval=bound_false_alarms(calibration_size, settings.alpha),
             shared_exact=shared[0],
             shared_max_difference=shared[1],
             shared_same_labels=shared[2],
@@ -196,7 +196,7 @@ def default_preprocessing(target: Target) -> Preprocessing:
     """Pixels/255 in the layout of the target's input; raw pixels for uint8 inputs."""
     return Preprocessing(
         size=target.size,
-        channels=target.channels,
+        channels=3 if target.channels == 3 else 1,
         layout=target.layout,
         dtype="uint8" if target.input.dtype == "uint8" else "float32",
     )
@@ -232,7 +232,9 @@ def fit_scorer(
     )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
     crossed = cross_fit(latent_set, whole, generator)
-    weights, network = learn_network(latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report)
+    weights, network = learn_network(
+        latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report
+    )
     noise = draw_noise(len(sigmas), settings.draws, latents.shape[1], settings.seed) * used
     formula = Formula(
         guidance=whole[0],

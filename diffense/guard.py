@@ -19,7 +19,6 @@ from diffense.sampling import Denoise
 from diffense.scorer import Scored, Scorer
 from diffense.scoring import find_surprise
 
-
 BLOCK: Final = 256  # images scored at once, so that memory does not grow with the list
 
 

@@ -56,16 +56,14 @@ def choose_kind(labels: NDArray[np.int64], classes: int) -> Kind:
 
 
 def fit_projection(logs: Matrix) -> tuple[Matrix, Matrix]:
-    """Principal directions of clean log-probabilities, (n, C) -> (C, G) with unit variance of the guide, and the centre (C,)."""
+    """Principal directions of clean log-probabilities: (n, C) -> (C, G), for a guide of unit variance, and the centre (C,)."""
     centre = logs.mean(axis=0)
     _, values, directions = np.linalg.svd(logs - centre, full_matrices=False)
     kept = min(LOGIT_DIRECTIONS, int(np.sum(values > 1e-6 * values[0])), max(1, len(logs) // 4))
     return directions[:kept].T / (values[:kept] / np.sqrt(len(logs))), centre
 
 
-def fit_guidance(
-    latents: Matrix, logits: Matrix, kind: Kind, probabilities: bool, like: Guidance | None = None
-) -> Guidance:
+def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: bool, like: Guidance | None = None) -> Guidance:
     """Fit the guided mean on clean latents.
 
     Args:

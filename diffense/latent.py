@@ -18,9 +18,7 @@ from diffense.target import Target
 Matrix = NDArray[np.float64]
 
 WIDTH: Final = 64  # directions kept of one tap
-QUARTERS_UP_TO: Final = (
-    512  # channels; wider maps give their mean instead of their 2x2 means, or a covariance would not fit
-)
+QUARTERS_UP_TO: Final = 512  # channels; wider maps give their mean instead of their 2x2 means, or a covariance would not fit
 LEAST_VARIANCE: Final = 1e-6  # of the largest; below it float32 activations are rounding noise
 ROWS_PER_DIRECTION: Final = 4
 

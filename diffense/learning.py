@@ -87,7 +87,7 @@ def train_denoiser(
         u, residual, guide = (d[batch.to(device)] for d in data)
         loss = _find_loss(weights, u, residual, guide, mask, (DRAWS, taps, width), generator)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         decay = min(EMA, (1 + step) / (10 + step))

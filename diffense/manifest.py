@@ -167,9 +167,7 @@ def check_files(folder: Path, manifest: Manifest, names: frozenset[str] | None =
         if not path.is_file():
             raise TamperedError(f"{folder}: {name} is missing; copy the whole bundle again")
         if hash_file(path) != digest:
-            raise TamperedError(
-                f"{folder}: {name} was changed after the guard was fitted; copy the bundle again or refit"
-            )
+            raise TamperedError(f"{folder}: {name} was changed after the guard was fitted; copy the bundle again or refit")
 
 
 class _Head(BaseModel):

@@ -27,9 +27,7 @@ class Metric:
 
 
 SCORED: Final = Metric("diffense_scored_total", "counter", "Images that the guard scored", (MODEL_LABEL, CLASS_LABEL))
-FLAGGED: Final = Metric(
-    "diffense_flagged_total", "counter", "Images that the guard flagged", (MODEL_LABEL, CLASS_LABEL)
-)
+FLAGGED: Final = Metric("diffense_flagged_total", "counter", "Images that the guard flagged", (MODEL_LABEL, CLASS_LABEL))
 UNSCORED: Final = Metric(
     "diffense_unscored_total", "counter", "Images that the guard could not score", (MODEL_LABEL, REASON_LABEL)
 )

@@ -28,8 +28,8 @@ def draw_noise(levels: int, draws: int, size: int, seed: int) -> NDArray[np.floa
     Returns:
         (L R, W) float32, row ``level * R + draw``; the second half of a level's draws is minus the first.
     """
-    half = np.random.default_rng(seed).standard_normal((levels, draws // 2, size))
-    return np.concatenate([half, -half], axis=1).reshape(levels * draws, size).astype(np.float32)
+    half = np.random.default_rng(seed).standard_normal((levels, draws // 2, size)).astype(np.float32)
+    return np.asarray(np.concatenate([half, -half], axis=1).reshape(levels * draws, size), np.float32)
 
 
 def lay_ladder(sigmas: NDArray[np.float64], steps: int) -> NDArray[np.float64]:

@@ -1,9 +1,11 @@
 """From latents to one score: distances per (level, tap, band), the label mismatch per tap, their surprises, one number.
 
-The score is higher for more suspicious inputs. N inputs, W = K d latent entries, C classes, G guide entries, E pieces of evidence.
+The score is higher for more suspicious inputs. N inputs, W = K d latent entries, C classes, G guide entries, E pieces of
+evidence.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -90,7 +92,7 @@ def lay_bands(used: NDArray[np.bool_], width: int) -> tuple[NDArray[np.float64],
     for tap in range(len(used) // width):
         usable = int(used[tap * width : (tap + 1) * width].sum())
         edges = [*(edge for edge in BAND_EDGES if edge < usable), usable]
-        for band, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for band, (low, high) in enumerate(pairwise(edges)):
             column = np.zeros(len(used))
             column[tap * width + low : tap * width + high] = 1.0 / (high - low)
             columns.append(column)

@@ -3,15 +3,15 @@
 from typing import Any, Literal
 
 import numpy as np
+
 from client_repository import (
     GUARD_ID,
     MODEL,
     expect_logits,
     expect_scores,
 )
-from diffense_client import GuardClient, GuardedPrediction
-
 from diffense.serve import Endpoints
+from diffense_client import GuardClient, GuardedPrediction
 
 Protocol = Literal["grpc", "http"]
 PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")

@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from client_codes import BROKEN, BUSY, BUSY_TWICE, INVALID, SHORT, SLOW, SLOW_S, THRESHOLD, UNSCORED
 
+from client_codes import BROKEN, BUSY, BUSY_TWICE, INVALID, SHORT, SLOW, SLOW_S, THRESHOLD, UNSCORED
 from diffense import names
 
 

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import onnx_models
 import pytest
-import shapes
 from numpy.typing import NDArray
 
+import onnx_models
+import shapes
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.serve import TritonServer

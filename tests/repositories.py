@@ -64,9 +64,7 @@ def write_lookup_model(repository: Path, name: str) -> None:
     )
     folder = repository / name / "1"
     folder.mkdir(parents=True)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
-    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx")
     (folder.parent / "config.pbtxt").write_text(f"""
         name: "{name}"
         backend: "onnxruntime"

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from onnx_models import plain_cnn
 
 from diffense.graphs import open_session
+from onnx_models import plain_cnn
 
 SIDE = 16
 KINDS = 4

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_sets import draw_rows
 from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf
 
 from diffense.chain import assign_folds, fit_chain, shrink_covariance
 from diffense.guidance import fit_guidance, split_mean
+from latent_sets import draw_rows
 
 TAPS, WIDTH = 3, 4
 ALL = np.ones(TAPS * WIDTH, bool)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tritonclient.grpc
+
 from client_calls import PROTOCOLS, Protocol, check, connect
 from client_codes import BROKEN, BUSY, BUSY_TWICE, INVALID, SLOW, UNSCORED
 from client_repository import (
@@ -18,9 +19,6 @@ from client_repository import (
     shared_repository,
     trigger,
 )
-from diffense_client import AsyncGuardClient
-from diffense_client._shared_memory import MOUNT
-
 from diffense import names
 from diffense.errors import (
     BadInputError,
@@ -28,6 +26,8 @@ from diffense.errors import (
     ServerError,
 )
 from diffense.serve import Endpoints, TritonServer
+from diffense_client import AsyncGuardClient
+from diffense_client._shared_memory import MOUNT
 
 both = pytest.mark.parametrize("protocol", PROTOCOLS)
 ways = pytest.mark.parametrize("shared_memory", [False, True], ids=["plain", "shared_memory"])

@@ -2,10 +2,20 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import diffense_client
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import diffense_client
 from client_repository import CLASSES, GUARD_ID, make_pixels
+from diffense import names
+from diffense.errors import (
+    BadInputError,
+    ModelNotReadyError,
+    ServerError,
+)
+from diffense.images import Preprocessing
 from diffense_client._core import (
     Answer,
     Request,
@@ -17,16 +27,6 @@ from diffense_client._core import (
     split_list,
 )
 from diffense_client._model import OPEN_BATCH, ServedModel, read_config
-from hypothesis import given
-from hypothesis import strategies as st
-
-from diffense import names
-from diffense.errors import (
-    BadInputError,
-    ModelNotReadyError,
-    ServerError,
-)
-from diffense.images import Preprocessing
 
 PREPROCESSING = Preprocessing(size=(8, 8), channels=3, layout="NCHW", dtype="float32")
 SERVED = ServedModel(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from client_calls import PROTOCOLS, Protocol, check, connect
 from client_codes import BROKEN, BUSY, BUSY_TWICE, INVALID, SHORT, SLOW
 from client_repository import (
@@ -16,9 +17,6 @@ from client_repository import (
     shared_repository,
     trigger,
 )
-from diffense_client import AsyncGuardClient, GuardClient
-from diffense_client._shared_memory import MOUNT
-
 from diffense.errors import (
     BadInputError,
     ClientError,
@@ -31,6 +29,8 @@ from diffense.errors import (
     ServerError,
 )
 from diffense.serve import Endpoints, TritonServer
+from diffense_client import AsyncGuardClient, GuardClient
+from diffense_client._shared_memory import MOUNT
 
 both = pytest.mark.parametrize("protocol", PROTOCOLS)
 ways = pytest.mark.parametrize("shared_memory", [False, True], ids=["plain", "shared_memory"])

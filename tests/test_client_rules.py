@@ -5,6 +5,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffense.errors import (
+    ClientError,
+    DeadlineError,
+    ModelNotReadyError,
+    OptionError,
+    OverloadedError,
+    ServerDownError,
+)
 from diffense_client._core import (
     Settings,
 )
@@ -19,17 +30,6 @@ from diffense_client._failures import (
     split_url,
 )
 from diffense_client._shared_memory import MOUNT, Region, RegionPool
-from hypothesis import given
-from hypothesis import strategies as st
-
-from diffense.errors import (
-    ClientError,
-    DeadlineError,
-    ModelNotReadyError,
-    OptionError,
-    OverloadedError,
-    ServerDownError,
-)
 
 
 @given(st.text() | st.sampled_from([code.name for code in grpc.StatusCode]), st.booleans())

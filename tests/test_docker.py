@@ -13,11 +13,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from repositories import write_plain_model
 
 from diffense import health, metrics
 from diffense.ports import choose_ports
 from diffense.serve import TritonServer
+from repositories import write_plain_model
 
 TOP = Path(__file__).resolve().parents[1]
 DOCKER = TOP / "docker"
@@ -128,9 +128,7 @@ def test_dashboard_asks_only_for_own_metrics_that_exist() -> None:
     assert asked <= OWN_SERIES
     for metric in metrics.FAMILIES:
         assert asked & set(metric.series), f"nothing shows {metric.name}"
-    grouped = {
-        label for query in queries for labels in re.findall(r"by \(([^)]*)\)", query) for label in labels.split(", ")
-    }
+    grouped = {label for query in queries for labels in re.findall(r"by \(([^)]*)\)", query) for label in labels.split(", ")}
     assert grouped <= OWN_LABELS
 
 
@@ -155,9 +153,7 @@ def test_entry_script_is_valid_shell_and_can_be_run() -> None:
 
 def test_entry_script_says_which_variable_is_missing() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DIFFENSE_REPOSITORY"}
-    answer = subprocess.run(
-        [str(DOCKER / "entrypoint.sh")], capture_output=True, text=True, env=environment, check=False
-    )
+    answer = subprocess.run([str(DOCKER / "entrypoint.sh")], capture_output=True, text=True, env=environment, check=False)
     assert answer.returncode != 0
     assert "DIFFENSE_REPOSITORY" in answer.stderr
 

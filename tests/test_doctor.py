@@ -29,9 +29,7 @@ def test_everything_is_looked_at_and_what_is_missing_has_a_fix() -> None:
     assert "CPUExecutionProvider" in (find("onnxruntime").value or "")
 
 
-def test_placeholder_perf_analyzer_is_not_taken_for_the_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_placeholder_perf_analyzer_is_not_taken_for_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "perf_analyzer"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

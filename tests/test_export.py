@@ -1,31 +1,21 @@
 import hashlib
-import re
 import shutil
 
-import numpy as np
 import onnx
 import pytest
-from google.protobuf import text_format
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import numpy_helper
-from scipy.stats import spearmanr
 from tritonclient.grpc import model_config_pb2
 from typer.testing import CliRunner
 
 import onnx_models
 from diffense import names
 from diffense.cli import app
-from diffense.errors import ExportError, ParityError, WrongTargetError
+from diffense.errors import ExportError, WrongTargetError
 from diffense.fit import FitSettings, fit_guard
-from diffense.graphs import save_graph
 from diffense.guard import Guard
 from diffense.serving.settings import GatewayOptions
-from diffense.target import Target, TensorSpec, hash_target
-from diffense_export.configs import CONFIG_FILE, ConfigWriter, Step, format_config, parse_config, read_family
-from diffense_export.family import cut_graph
+from diffense.target import Target, hash_target
+from diffense_export.configs import CONFIG_FILE, parse_config, read_family
 from diffense_export.installation import install_models
-from diffense_export.parity import Exported, check_parity, correlate_ranks, draw_smooth_noise
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export
 
 SUFFIXES = {
@@ -242,95 +232,6 @@ def test_a_standing_model_that_cannot_be_compared_is_refused(guard, small_target
         place_production(tmp_path / "r", small_target, config)
     with pytest.raises(ExportError, match=words):
         export_guard(guard, small_target, tmp_path / "r", "m", production=False)
-
-
-# The parity gate
-
-
-def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_target, clean_images, tmp_path):
-    model = onnx.load(guard.tapped_path)
-    weight = max(model.graph.initializer, key=lambda entry: len(entry.raw_data))
-    array = numpy_helper.to_array(weight) * np.float32(1.01)
-    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-    changed = onnx_models.save(model, tmp_path / "changed.onnx")
-    for shared in (False, True):
-        with pytest.raises(ParityError, match=r"nothing was installed|changes the predicted class"):
-            check_parity(guard, Exported(small_target, changed, shared, guard.denoiser_path, None), clean_images[:32])
-
-
-def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):
-    save_graph(cut_graph(guard.tapped_path, guard.manifest.input.name, names.LATENTS), tmp_path / "features.onnx")
-    cut, whole = onnx.load(tmp_path / "features.onnx"), onnx.load(guard.tapped_path)
-    assert [output.name for output in cut.graph.output] == [names.LATENTS]
-    assert len(cut.graph.node) < len(whole.graph.node)
-
-
-@given(st.lists(st.integers(-3, 3), min_size=3, max_size=30), st.data())
-def test_rank_correlation_is_spearmans(left, data):
-    right = data.draw(st.lists(st.integers(-3, 3), min_size=len(left), max_size=len(left)))
-    ours = correlate_ranks(np.array(left, np.float32), np.array(right, np.float32))
-    if len(set(left)) == 1 or len(set(right)) == 1:
-        assert ours == 1.0
-    else:
-        assert ours == pytest.approx(spearmanr(left, right).statistic)
-
-
-@settings(max_examples=20)
-@given(st.integers(1, 5), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.sampled_from([1, 3]))
-def test_smooth_noise_is_smooth_seeded_and_in_range(count, size, channels):
-    images = draw_smooth_noise(count, size, channels)
-    assert images.shape == (count, *size, channels)
-    assert images.dtype == np.uint8
-    assert np.array_equal(images, draw_smooth_noise(count, size, channels))
-    for axis, length in ((1, size[0]), (2, size[1])):
-        steps = np.abs(np.diff(images.astype(int), axis=axis))
-        assert steps.max(initial=0) <= 255 * 3 / max(1, length - 1) + 1
-
-
-# Configs
-
-SPECS = st.builds(
-    TensorSpec,
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
-    st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]),
-    st.lists(st.one_of(st.none(), st.integers(1, 4096)), max_size=3).map(lambda rest: (None, *rest)),
-)
-
-
-@given(st.lists(SPECS, min_size=1, max_size=3), st.lists(SPECS, min_size=1, max_size=3), st.sampled_from([0, 1, 32]))
-def test_configs_survive_the_text_and_the_reader(tmp_path_factory, inputs, outputs, batch):
-    writer = ConfigWriter("m", batch)
-    for config in (writer.make_onnx("m", inputs, outputs), writer.make_python("p", inputs, outputs, {"a": 'b"\n'})):
-        path = tmp_path_factory.getbasetemp() / "config.pbtxt"
-        path.write_text(format_config(config), encoding="utf-8")
-        assert parse_config(path) == config
-        assert re.search(rf"^max_batch_size: {batch}$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for spec, entry in zip(outputs, config.output, strict=True):
-            whole = [-1 if size is None else size for size in spec.shape]
-            assert list(entry.dims) == (whole[1:] or [1] if batch else whole)
-
-
-def test_a_number_an_image_is_reshaped_for_the_backend():
-    config = ConfigWriter("m", 8).make_onnx("m", [TensorSpec("x", "float32", (None, 3))], [TensorSpec("y", "int64", (None,))])
-    assert text_format.Parse(format_config(config), model_config_pb2.ModelConfig()).output[0].HasField("reshape")
-
-
-@pytest.mark.parametrize("name", ["x", names.SCORE, names.LATENTS, "diffense_raw_0"])
-def test_tensors_of_an_ensemble_that_share_a_name_are_refused(name):
-    x, y = TensorSpec("x", "float32", (None, 3)), TensorSpec(name, "float32", (None, 2))
-    steps = [
-        Step("m", {"x": "x"}, {name: "diffense_raw_0"}),
-        Step("m_features", {"x": "x"}, {names.LATENTS: names.LATENTS}),
-        Step("m_guard", {}, {tensor: tensor for tensor in (name,)} | {}),
-    ]
-    verdicts = Step("m_verdicts", {}, {tensor: tensor for tensor in names.VERDICT_TENSORS})
-    with pytest.raises(ExportError, match=name):
-        ConfigWriter("m", 8).make_ensemble("m_guarded", [x], [y], [*steps, verdicts], {})
-
-
-def test_a_type_that_the_python_backend_lacks_is_refused():
-    with pytest.raises(ExportError, match="bfloat16"):
-        ConfigWriter("m", 8).make_python("m", [TensorSpec("x", "bfloat16", (None, 3))], [], {})
 
 
 # The command

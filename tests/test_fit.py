@@ -1,12 +1,12 @@
 import numpy as np
-import onnx_models
 import pytest
-from shapes import draw_shapes
 
+import onnx_models
 from diffense.calibration import needed_images
 from diffense.errors import OptionError, TargetError, TooFewImagesError
 from diffense.fit import FitSettings, default_preprocessing, fit_guard
 from diffense.target import Target
+from shapes import draw_shapes
 
 
 def fit(target, images, out, **settings):
@@ -62,7 +62,9 @@ def test_a_thousand_classes_are_guided_by_logits(tmp_path):
     x = b.node("Relu", b.conv(x, 16, 32, stride=2), name="second")
     b.head(b.pool(x), 32, classes=1000)
     path = onnx_models.save(b.model(("N", 3, 16, 16), {"logits": ("N", 1000)}), tmp_path / "thousand.onnx")
-    images = np.concatenate([draw_shapes(2500, seed=4)[0], np.random.default_rng(0).integers(0, 256, (2500, 16, 16, 3), np.uint8)])
+    images = np.concatenate(
+        [draw_shapes(2500, seed=4)[0], np.random.default_rng(0).integers(0, 256, (2500, 16, 16, 3), np.uint8)]
+    )
     guard, said = fit(path, images, tmp_path / "g", network="off")
     assert guard.manifest.clean.guide == "logits" and guard.manifest.classes == 1000
     assert "guided by logits" in said or "never predicted" in said
@@ -107,7 +109,9 @@ def test_the_learned_part_is_off_where_it_gains_nothing(small_target, tmp_path, 
     assert not small.manifest.network.used and small.manifest.network.loss is None
 
 
-@pytest.mark.parametrize("sampling", [{"steps": 3}, {"sigmas": (0.3, 1.0)}, {"label_guidance": 2.0}, {"data_guidance": 0.5, "steps": 2}])
+@pytest.mark.parametrize(
+    "sampling", [{"steps": 3}, {"sigmas": (0.3, 1.0)}, {"label_guidance": 2.0}, {"data_guidance": 0.5, "steps": 2}]
+)
 def test_every_way_of_sampling_gives_a_calibrated_guard(small_target, clean_images, tmp_path, sampling):
     guard, _ = fit(small_target, clean_images, tmp_path / "g", alpha=0.05, network="on", training_steps=50, **sampling)
     assert guard.score(draw_shapes(600, seed=9)[0]).flagged.mean() < 0.11

@@ -3,19 +3,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx_models
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, kstest
-from shapes import draw_shapes, fit_shape_classifier
 
+import onnx_models
 from diffense.bundle import recalibrate, write_bundle
 from diffense.errors import BundleError, ImageError, SchemaError, TamperedError, TooFewImagesError, WrongTargetError
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
 from diffense.target import Target
+from shapes import draw_shapes, fit_shape_classifier
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,9 @@ def test_explain_names_the_evidence_behind_the_score(guard, fresh):
     assert list(explanation.rows) == sorted(explanation.rows, key=lambda row: -row.surprise)
 
 
-@pytest.mark.parametrize("images", [np.zeros((2, 16, 16, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((16, 16), np.uint8)])
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 16, 16, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((16, 16), np.uint8)]
+)
 def test_images_of_the_wrong_kind_are_refused(guard, images):
     with pytest.raises(ImageError):
         guard.score(images)

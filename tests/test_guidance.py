@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from latent_sets import draw_rows, run_graph
 from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
@@ -19,6 +18,7 @@ from diffense.guidance import (
     split_mean,
 )
 from diffense.onnx_arrays import OnnxNamespace
+from latent_sets import draw_rows, run_graph
 
 LOGITS = hnp.arrays(np.float64, (4, 5), elements=st.floats(-300, 300))
 

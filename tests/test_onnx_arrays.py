@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from latent_sets import run_graph
 from numpy.typing import NDArray
 
 from diffense.graphs import open_session
 from diffense.guidance import one_hot
 from diffense.onnx_arrays import OPSET, WEIGHT_PREFIX, OnnxNamespace
+from latent_sets import run_graph
 
 MATRIX = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 ROW = np.array([0.5, -1.0, 2.0, 3.0], np.float32)

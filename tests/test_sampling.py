@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_sets import draw_weights, run_graph
 from numpy.typing import NDArray
 from scipy import stats
 
 from diffense.denoiser import denoise, init_weights
 from diffense.onnx_arrays import OnnxNamespace
 from diffense.sampling import SIGMA_MIN, draw_noise, in_float32, lay_ladder, pull, sample
+from latent_sets import draw_weights, run_graph
 
 TAPS, WIDTH = 2, 3
 SIZE = TAPS * WIDTH
@@ -127,7 +127,9 @@ def test_numpy_torch_and_graph_give_the_same_samples(steps: int, label_guidance:
         step = partial(denoise, named, shape=shape, label_guidance=label_guidance, xp=xp)
         return sample(step, *operands, **(setting | {"noise": bank}), xp=xp)
 
-    expected = run(np, {k: v.astype(np.float64) for k, v in weights.items()}, [a.astype(np.float64) for a in (u, residual, guide)], noise)
+    expected = run(
+        np, {k: v.astype(np.float64) for k, v in weights.items()}, [a.astype(np.float64) for a in (u, residual, guide)], noise
+    )
     assert np.abs(expected - u[:, None]).max() > 0.1
     torch.set_num_threads(1)
     tensors = {k: torch.from_numpy(v) for k, v in weights.items()}

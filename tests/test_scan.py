@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_codes import BROKEN, UNSCORED
-from client_repository import CLASSES, MODEL, SHAPE, expect_logits, expect_scores, make_pixels, shared_repository, trigger
-from diffense_client.scan import ScanRow, printable, write_csv, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from client_codes import BROKEN, UNSCORED
+from client_repository import CLASSES, MODEL, SHAPE, expect_logits, expect_scores, make_pixels, shared_repository, trigger
 from diffense.cli import main
 from diffense.errors import OptionError
 from diffense.serve import Endpoints, TritonServer
+from diffense_client.scan import ScanRow, printable, write_csv, write_parquet
 
 Run = Callable[..., tuple[int, str, str]]
 DARK, BRIGHT = 30, 200  # grey levels below and above the served model's threshold

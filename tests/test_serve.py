@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from repositories import write_plain_model, write_verdict_model
 
 from diffense import health
 from diffense.backends import assemble_backends, check_numpy, find_server, server_environment
@@ -18,6 +17,7 @@ from diffense.ports import choose_ports
 from diffense.serve import TritonServer
 from diffense.serverlog import explain_log
 from diffense.templates import find_templates
+from repositories import write_plain_model, write_verdict_model
 
 RUN = "import sys; from pathlib import Path; from diffense.serve import TritonServer\n"
 PATIENCE_S = 30.0

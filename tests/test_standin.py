@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from repositories import CLASSES, FEATURES, make_weights, write_lookup_model, write_onnx_model, write_plain_model
 from tritonclient.utils import InferenceServerException
 
 from diffense.serve import TritonServer
+from repositories import CLASSES, FEATURES, make_weights, write_lookup_model, write_onnx_model, write_plain_model
 
 pytestmark = pytest.mark.server
 FIXED = f"""
@@ -34,9 +34,7 @@ def client(
         yield client
 
 
-def ask(
-    client: grpc.InferenceServerClient, model: str, rows: np.ndarray, outputs: list[str] | None = None
-) -> grpc.InferResult:
+def ask(client: grpc.InferenceServerClient, model: str, rows: np.ndarray, outputs: list[str] | None = None) -> grpc.InferResult:
     given = grpc.InferInput("x", list(rows.shape), "FP32")
     given.set_data_from_numpy(rows)
     wanted = [grpc.InferRequestedOutput(name) for name in outputs] if outputs else None
@@ -83,9 +81,7 @@ def test_fixed_batch_model_answers_its_one_shape(client: grpc.InferenceServerCli
 
 
 @pytest.mark.parametrize(("model", "batch"), [("bare", 4), ("loose", 8)])
-def test_config_without_tensors_is_completed_from_the_graph(
-    client: grpc.InferenceServerClient, model: str, batch: int
-) -> None:
+def test_config_without_tensors_is_completed_from_the_graph(client: grpc.InferenceServerClient, model: str, batch: int) -> None:
     config = client.get_model_config(model, as_json=True)["config"]
     assert config["max_batch_size"] == batch
     assert [(tensor["name"], tensor["dims"]) for tensor in config["output"]] == [

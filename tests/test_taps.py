@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_models as models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import onnx_models as models
 from diffense.errors import TargetError
 from diffense.taps import FEWEST_TAPS, MOST_TAPS, Tap, choose_taps
 from diffense.target import Target, open_session, run_batched

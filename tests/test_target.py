@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_models as models
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+import onnx_models as models
 from diffense.errors import TargetError
 from diffense.graphs import EXTERNAL_TENSOR_BYTES
 from diffense.target import Target, TensorSpec, hash_target, open_session, run_batched, save_graph

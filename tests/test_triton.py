@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from diffense_export.configs import CONFIG_FILE, parse_config
-from diffense_export.repository import export_guard
 from google.protobuf import text_format
-from triton_calls import CLIENTS, DEADLINE_S, INVALID, MAX_BATCH, ask, check_verdict, copy_gateway, read_total
 from tritonclient.utils import InferenceServerException
 
 from diffense import names
 from diffense.serving.settings import BUDGET_PARAMETER, CLOSED_PARAMETER, POLICY_PARAMETER
+from diffense_export.configs import CONFIG_FILE, parse_config
+from diffense_export.repository import export_guard
+from triton_calls import CLIENTS, DEADLINE_S, INVALID, MAX_BATCH, ask, check_verdict, copy_gateway, read_total
 
 pytestmark = pytest.mark.server
 

@@ -4,13 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from diffense_export.repository import export_guard
-from triton_calls import CLIENTS, MAX_BATCH, UNAVAILABLE, ask, check_verdict, copy_gateway, kill_stubs, read_total
 from tritonclient.utils import InferenceServerException
 
 from diffense import names
 from diffense.serve import TritonServer
 from diffense.serving.settings import CLOSED_PARAMETER
+from diffense_export.repository import export_guard
+from triton_calls import CLIENTS, MAX_BATCH, UNAVAILABLE, ask, check_verdict, copy_gateway, kill_stubs, read_total
 
 pytestmark = pytest.mark.server
 

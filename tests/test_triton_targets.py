@@ -2,17 +2,17 @@
 
 import numpy as np
 import onnx
-import onnx_models
 import pytest
-from diffense_export.repository import export_guard
 from onnx import TensorProto, helper
-from triton_calls import CLIENTS, ask, check_verdict
 from tritonclient.utils import InferenceServerException
 
+import onnx_models
 from diffense import names
 from diffense.fit import FitSettings, fit_guard
 from diffense.serve import TritonServer
 from diffense.target import Target
+from diffense_export.repository import export_guard
+from triton_calls import CLIENTS, ask, check_verdict
 
 pytestmark = pytest.mark.server
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
-from diffense_export.configs import CONFIG_FILE, format_config, parse_config
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import np_to_triton_dtype
 
 from diffense import names
+from diffense_export.configs import CONFIG_FILE, format_config, parse_config
 
 CLIENTS = {"grpc": grpc, "http": http}
 MAX_BATCH = 16

@@ -56,12 +56,12 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:
     """Write the models that serve TARGET with its guard; every exported graph is compared with its source first."""
-    from diffense_export.repository import export_guard
     from rich.console import Console
 
     from diffense.guard import Guard
     from diffense.images import load_images
     from diffense.serving.settings import GatewayOptions
+    from diffense_export.repository import export_guard
 
     progress = Console(stderr=True)
     loaded = Guard.load(guard, target)

@@ -42,7 +42,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the guard; an older guard there is replaced.")] = Path("guard"),
     alpha: Annotated[float, typer.Option(help="False-alarm rate you accept.")] = 0.01,
     network: Annotated[Network, typer.Option(help="Learned part: auto keeps it where held-out images gain.")] = Network.AUTO,
-    guide: Annotated[Guide, typer.Option(help="Guide latents by label, or by logits where a class has few images.")] = Guide.AUTO,
+    guide: Annotated[
+        Guide, typer.Option(help="Guide latents by label, or by logits where a class has few images.")
+    ] = Guide.AUTO,
     taps: Annotated[str | None, typer.Option(help="Tensors to tap, comma-separated; found by itself otherwise.")] = None,
     logits: Annotated[str | None, typer.Option(help="Output with the class scores, where there are several.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the graph leaves it open.")] = None,

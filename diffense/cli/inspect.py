@@ -18,10 +18,8 @@ def command(
     from diffense.description import describe_guard, describe_target
     from diffense.options import parse_size
 
-    if what.is_dir():
-        description = describe_guard(what)
-    else:
-        description = describe_target(what, logits, parse_size(size) if size else None)
+    wanted = parse_size(size) if size else None
+    description = describe_guard(what) if what.is_dir() else describe_target(what, logits, wanted)
     if as_json:
         print(description.model_dump_json(indent=1))
         return
@@ -31,6 +29,10 @@ def command(
     table = Table("tap", "kind", "shape", "depth", "used", title="taps, shallow to deep")
     for tap in description.taps:
         table.add_row(
-            tap.name.replace("[", "\\["), tap.kind, "x".join(map(str, tap.shape)), f"{tap.depth:.2f}", "yes" if tap.used else "no"
+            tap.name.replace("[", "\\["),
+            tap.kind,
+            "x".join(map(str, tap.shape)),
+            f"{tap.depth:.2f}",
+            "yes" if tap.used else "no",
         )
     console.print(table)

@@ -154,5 +154,5 @@ def _check_name(model: str) -> None:
     if not NAME.fullmatch(model) or len(model) > LONGEST_NAME:
         raise ExportError(
             f"{model!r} cannot be the name of a guarded model, since Triton's Python backend starts its processes through a "
-            f"shell: use ASCII letters, digits, '_', '-' and '.' (the last two not at the start), at most {LONGEST_NAME} characters"
+            f"shell: use ASCII letters, digits, '_', '-' and '.' (not '-' or '.' first), at most {LONGEST_NAME} characters"
         )

@@ -158,9 +158,7 @@ def list_dims(tensor: Any, batched: bool) -> list[int]:
 
 def respond(results: Arrays) -> Any:
     """Wrap the outputs of one request."""
-    return pb_utils.InferenceResponse(
-        [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in results.items()]
-    )
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in results.items()])
 
 
 def is_on(text: str) -> bool:

@@ -1,0 +1,80 @@
+"""A family of served models around a real guard, on the fake server module."""
+
+import numpy as np
+
+from diffense import names
+from diffense.serving.gateway import GatewayService
+from diffense.serving.guard import GuardService
+from diffense.serving.meter import Meter
+from diffense.serving.settings import GatewayOptions, Wiring
+from fake_triton import FakeBackend, Request, TritonError
+
+VERDICTS = list(names.VERDICT_TENSORS)
+ALL = ["logits", *VERDICTS]
+DENOISER_INPUTS = (names.NOISED, names.SIGMA, names.RESIDUAL, names.GUIDE)
+WIRING = Wiring(
+    model="m",
+    outputs=("logits",),
+    logits="logits",
+    loop="bls",
+    callee="m_denoiser",
+    latents_model="m_features",
+    shared=False,
+    input="image",
+)
+
+
+class ServedFamily:
+    """Twelve images, what every model gives for them, and services that ask those models."""
+
+    def __init__(self, guard, clean_images):
+        self.guard = guard
+        self.image = guard.preprocessing.apply(clean_images[:12])
+        self.logits, self.latents = guard.run(clean_images[:12])
+        self.truth = guard.score(clean_images[:12])
+        self.steps = guard.manifest.sampling.steps
+
+    def denoise(self, arrays):
+        return {names.SAMPLE: self.guard.denoise(*(arrays[name] for name in DENOISER_INPUTS))}
+
+    def production(self, arrays):
+        return {"logits": self.look_up(self.logits, self.logits[0], arrays["image"])}
+
+    def features(self, arrays):
+        return {names.LATENTS: self.look_up(self.latents, self.latents[0] * np.nan, arrays["image"])}
+
+    def look_up(self, known, unknown, images):
+        found = [np.flatnonzero((self.image == image).all(axis=(1, 2, 3))) for image in images]
+        return np.stack([known[rows[0]] if len(rows) else unknown for rows in found])
+
+    def guard_service(self, wiring=WIRING, clock=None, **models):
+        backend = FakeBackend(**{"m_denoiser": self.denoise, **models})
+        more = {"clock": clock} if clock else {}
+        return backend, GuardService(backend, wiring, self.guard.scorer, Meter(backend, "m"), **more)
+
+    def gateway_service(self, options=None, wiring=WIRING, **models):
+        _, inner = self.guard_service()
+
+        def judge(arrays):
+            return inner.answer([Request(arrays, VERDICTS)])[0].arrays()
+
+        backend = FakeBackend(**{"m": self.production, "m_features": self.features, "m_guard": judge, **models})
+        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"))
+
+    def ask_guard(self, rows, wanted=ALL, latents=None, **more):
+        latents = self.latents[rows] if latents is None else latents
+        return Request({"diffense_raw_0": self.logits[rows], names.LATENTS: latents}, wanted, **more)
+
+    def ask_gateway(self, rows, wanted=ALL, image=None, **more):
+        return Request({"image": self.image[rows] if image is None else image}, wanted, **more)
+
+    def check(self, response, rows):
+        arrays = response.arrays()
+        assert np.allclose(arrays[names.SCORE][:, 0], self.truth.scores[rows], rtol=1e-5, atol=1e-5)
+        assert np.allclose(arrays[names.P_VALUE][:, 0], self.truth.p_values[rows], atol=1e-6)
+        assert np.array_equal(arrays[names.FLAGGED][:, 0], self.truth.flagged[rows])
+        assert [arrays[name].dtype for name in VERDICTS] == [np.float32, np.float32, np.uint8]
+
+
+def fail(*_):
+    raise TritonError("Stub process '/srv/secret/m_guard_0_0' is not healthy.", TritonError.INTERNAL)

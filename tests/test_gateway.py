@@ -1,0 +1,206 @@
+"""What the gateway answers, and the parts it is made of."""
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from diffense import names
+from diffense.serving.budget import REST_S, STRIKES, Budget, OverBudgetError
+from diffense.serving.calls import CallError, call_model
+from diffense.serving.policy import replace_outputs
+from diffense.serving.settings import GatewayOptions, Wiring
+from fake_triton import FakeBackend, TritonError
+from served_family import WIRING, ServedFamily, fail
+
+
+@pytest.fixture(scope="module")
+def served(guard, clean_images):
+    return ServedFamily(guard, clean_images)
+
+
+def test_the_gateway_gives_production_outputs_and_verdicts(served):
+    _, service = served.gateway_service()
+    responses = service.answer([served.ask_gateway([0, 1]), served.ask_gateway([5])])
+    for response, rows in zip(responses, ([0, 1], [5]), strict=True):
+        served.check(response, rows)
+        assert np.array_equal(response.arrays()["logits"], served.logits[rows])
+
+
+def test_the_gateway_names_a_bad_image_and_answers_its_neighbour(served):
+    _, service = served.gateway_service()
+    image = served.image[[1, 2]].copy()
+    image[1, 0, 0, 0] = np.nan
+    good, bad = service.answer([served.ask_gateway([0]), served.ask_gateway([], image=image)])
+    served.check(good, [0])
+    assert bad.error().code() == TritonError.INVALID_ARG
+    assert "image 1 of the request" in bad.error().message()
+
+
+@pytest.mark.parametrize("broken", ["m_features", "m_guard"])
+def test_production_answers_when_the_guard_is_dead(served, broken):
+    backend, service = served.gateway_service(**{broken: fail})
+    (response,) = service.answer([served.ask_gateway([0, 1])])
+    assert np.array_equal(response.arrays()["logits"], served.logits[:2])
+    assert (response.arrays()[names.FLAGGED] == names.UNSCORED).all()
+    assert backend.total("diffense_unscored_total", reason="guard") == 2
+
+
+def test_production_answers_while_the_guard_hangs(served):
+    release = threading.Event()
+
+    def hang(arrays):
+        release.wait(30)
+        raise TritonError("too late")
+
+    backend, service = served.gateway_service(GatewayOptions(budget_ms=20), m_guard=hang)
+    (response,) = service.answer([served.ask_gateway([0])])
+    release.set()
+    assert np.array_equal(response.arrays()["logits"], served.logits[:1])
+    assert response.arrays()[names.FLAGGED].tolist() == [[names.UNSCORED]]
+    assert backend.total("diffense_unscored_total", reason="budget") == 1
+
+
+def test_a_closed_gateway_gives_an_error_without_a_verdict(served):
+    _, service = served.gateway_service(GatewayOptions(closed=True), m_guard=fail)
+    (response,) = service.answer([served.ask_gateway([0])])
+    assert response.error().code() == TritonError.UNAVAILABLE
+    assert "/srv" not in response.error().message()
+
+
+def flag_second(arrays):
+    rows = len(arrays[names.LATENTS])
+    flagged = (np.arange(rows) == 1).astype(np.uint8)[:, None]
+    return {names.SCORE: flagged + np.float32(1), names.P_VALUE: 1 - flagged * np.float32(0.9), names.FLAGGED: flagged}
+
+
+def test_abstain_withholds_the_flagged_image_alone(served):
+    _, service = served.gateway_service(GatewayOptions(policy="abstain"), m_guard=flag_second)
+    arrays = service.answer([served.ask_gateway([0, 1, 2])])[0].arrays()
+    assert (arrays["logits"][1] == 0).all()
+    assert np.array_equal(arrays["logits"][[0, 2]], served.logits[[0, 2]])
+    assert arrays[names.FLAGGED][:, 0].tolist() == [0, 1, 0]
+
+
+def test_reject_refuses_the_request_with_the_flagged_image_alone(served):
+    _, service = served.gateway_service(GatewayOptions(policy="reject"), m_guard=flag_second)
+    first, second = service.answer([served.ask_gateway([0, 1]), served.ask_gateway([2])])
+    assert first.error().code() == TritonError.INVALID_ARG
+    assert "image 1 of the request" in first.error().message()
+    assert np.array_equal(second.arrays()["logits"], served.logits[[2]])
+
+
+def test_a_production_error_keeps_its_code_and_tells_nothing_of_the_inside(served):
+    _, service = served.gateway_service(m=fail)
+    (response,) = service.answer([served.ask_gateway([0])])
+    assert response.error().code() == TritonError.INTERNAL
+    assert response.error().message() == "m failed"
+
+
+def test_the_shared_gateway_falls_back_to_the_untouched_model(served):
+    shared = replace(WIRING, shared=True, latents_model="m_tapped")
+    backend, service = served.gateway_service(wiring=shared, m_tapped=fail, m_features=fail)
+    (response,) = service.answer([served.ask_gateway([0])])
+    assert np.array_equal(response.arrays()["logits"], served.logits[:1])
+    assert backend.calls[1][0] == "m"
+
+
+def test_the_gateway_answers_a_cancelled_request_with_cancelled(served):
+    backend, service = served.gateway_service()
+    (response,) = service.answer([served.ask_gateway([0], cancelled=lambda: True)])
+    assert response.error().code() == TritonError.CANCELLED
+    assert backend.calls == []
+
+
+# Parts
+
+
+def test_a_budget_rests_after_failures_in_a_row_and_tries_again():
+    now = [0.0]
+    budget = Budget(5.0, clock=lambda: now[0])
+    tried = []
+
+    def dead(deadline):
+        tried.append(deadline)
+        raise CallError("m_guard", "dead")
+
+    for _ in range(STRIKES):
+        with pytest.raises(OverBudgetError, match="guard"):
+            budget.run(dead)
+    with pytest.raises(OverBudgetError, match="resting"):
+        budget.run(dead)
+    assert len(tried) == STRIKES
+    now[0] = REST_S
+    assert budget.run(lambda deadline: deadline) == REST_S + 5.0
+    with pytest.raises(OverBudgetError, match="guard"):
+        budget.run(dead)
+    assert len(tried) == STRIKES + 1
+    budget.close()
+
+
+DTYPES = st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_])
+
+
+@given(array=hnp.arrays(DTYPES, hnp.array_shapes(min_dims=1, max_dims=3)), data=st.data())
+def test_replaced_rows_say_nothing_and_the_others_are_untouched(array, data):
+    hidden = data.draw(hnp.arrays(np.bool_, len(array)))
+    before = array.copy()
+    replaced = replace_outputs(array, hidden)
+    assert replaced.dtype == array.dtype
+    assert np.array_equal(array, before, equal_nan=array.dtype.kind == "f")
+    assert np.array_equal(replaced[~hidden], array[~hidden], equal_nan=array.dtype.kind == "f")
+    assert len(np.unique(replaced[hidden])) == int(hidden.any())
+
+
+def test_a_withheld_softmax_favours_no_class():
+    replaced = replace_outputs(np.eye(4, dtype=np.float32), np.array([True, False, False, False]), even=True)
+    assert replaced[0].tolist() == [0.25] * 4
+    assert replaced[1].tolist() == [0, 1, 0, 0]
+
+
+@given(policy=st.sampled_from(["annotate", "abstain", "reject"]), budget=st.integers(1, 10**6), closed=st.booleans())
+def test_gateway_options_survive_the_config(policy, budget, closed):
+    options = GatewayOptions(policy, budget, closed)
+    assert GatewayOptions.from_parameters(options.to_parameters()) == options
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"diffense_policy": "block"}, {"diffense_budget_ms": "soon"}, {"diffense_budget_ms": "0"}, {"diffense_closed": "maybe"}],
+)
+def test_senseless_gateway_parameters_are_refused(parameters):
+    with pytest.raises(ValueError, match=r"policy|budget|closed"):
+        GatewayOptions.from_parameters(parameters)
+
+
+def test_wiring_survives_the_config_and_refuses_strangers():
+    assert Wiring.from_parameters(WIRING.to_parameters()) == WIRING
+    with pytest.raises(ValueError, match="diffense_settings"):
+        Wiring.from_parameters({})
+    with pytest.raises(ValueError, match="another version"):
+        Wiring.from_parameters({"diffense_settings": '{"model": "m", "colour": "red"}'})
+
+
+def test_a_call_reports_the_code_of_the_model_that_failed():
+    def refuse(arrays):
+        raise TritonError("wrong shape", TritonError.INVALID_ARG)
+
+    with pytest.raises(CallError, match="wrong shape") as caught:
+        call_model(FakeBackend(m=refuse), "m", {}, ["y"])
+    assert caught.value.code == "INVALID_ARG"
+    assert math.isfinite(len(caught.value.public))
+
+
+def test_one_clients_short_patience_does_not_switch_the_guard_off():
+    budget, release = Budget(30.0), threading.Event()
+    for _ in range(STRIKES + 1):
+        with pytest.raises(OverBudgetError, match="budget"):
+            budget.run(lambda deadline: release.wait(30), seconds=0.001)
+    release.set()
+    assert budget.run(lambda deadline: "scored") == "scored"
+    budget.close()

@@ -1,0 +1,54 @@
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from scipy.stats import spearmanr
+
+import onnx_models
+from diffense import names
+from diffense.errors import ParityError
+from diffense.graphs import save_graph
+from diffense_export.family import cut_graph
+from diffense_export.parity import Exported, check_parity, correlate_ranks, draw_smooth_noise
+
+
+def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_target, clean_images, tmp_path):
+    model = onnx.load(guard.tapped_path)
+    weight = max(model.graph.initializer, key=lambda entry: len(entry.raw_data))
+    array = numpy_helper.to_array(weight) * np.float32(1.01)
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    changed = onnx_models.save(model, tmp_path / "changed.onnx")
+    for shared in (False, True):
+        with pytest.raises(ParityError, match=r"nothing was installed|changes the predicted class"):
+            check_parity(guard, Exported(small_target, changed, shared, guard.denoiser_path, None), clean_images[:32])
+
+
+def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):
+    save_graph(cut_graph(guard.tapped_path, guard.manifest.input.name, names.LATENTS), tmp_path / "features.onnx")
+    cut, whole = onnx.load(tmp_path / "features.onnx"), onnx.load(guard.tapped_path)
+    assert [output.name for output in cut.graph.output] == [names.LATENTS]
+    assert len(cut.graph.node) < len(whole.graph.node)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=3, max_size=30), st.data())
+def test_rank_correlation_is_spearmans(left, data):
+    right = data.draw(st.lists(st.integers(-3, 3), min_size=len(left), max_size=len(left)))
+    ours = correlate_ranks(np.array(left, np.float32), np.array(right, np.float32))
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        assert ours == 1.0
+    else:
+        assert ours == pytest.approx(spearmanr(left, right).statistic)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 5), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.sampled_from([1, 3]))
+def test_smooth_noise_is_smooth_seeded_and_in_range(count, size, channels):
+    images = draw_smooth_noise(count, size, channels)
+    assert images.shape == (count, *size, channels)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, draw_smooth_noise(count, size, channels))
+    for axis, length in ((1, size[0]), (2, size[1])):
+        steps = np.abs(np.diff(images.astype(int), axis=axis))
+        assert steps.max(initial=0) <= 255 * 3 / max(1, length - 1) + 1
