@@ -64,7 +64,7 @@ class GuardDescription(BaseModel):
             "guard": self.guard_id,
             "of": f"{m.target_name} (SHA-256 {m.target_sha256[:16]}…)",
             "alpha": f"{m.alpha:g}, realised between {low:.2%} and {high:.2%} (90 % interval)",
-            "clean images": f"{m.clean.given}: {m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate",
+            "clean images": f"{m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate",
             "guided by": m.clean.guide,
             "network": f"{'on' if m.network.used else 'off'}: {m.network.reason}",
             "sampling": f"sigma {sigmas}; {m.sampling.steps} steps, {m.sampling.draws} draws",

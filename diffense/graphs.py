@@ -104,6 +104,15 @@ def save_graph(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE
     partial.replace(path)
 
 
+def cut_graph(model: ir.Model, start: str, ends: Sequence[str]) -> ir.Model:
+    """The part of a graph between one input and some tensors, its weights in order of name: the same cut, the same bytes."""
+    graph = ir.convenience.extract(model.graph, [start], list(ends))
+    weights = dict(sorted(graph.initializers.items()))  # `extract` keeps them in the order of a set
+    graph.initializers.clear()
+    graph.initializers.update(weights)
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+
+
 def open_session(model: Path | bytes | ir.Model, threads: int = 0, *, optimize: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime session: on CUDA where the installed onnxruntime has it (without TF32), else on the CPU.
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from diffense.errors import TargetError
 from diffense.flow import name_axes, trace_flow
-from diffense.graphs import hash_model, hash_target, load_model, open_session, run_batched, save_graph
+from diffense.graphs import cut_graph, hash_model, hash_target, load_model, open_session, run_batched, save_graph
 from diffense.signature import (
     PROBE_BATCH,
     Layout,
@@ -136,8 +136,7 @@ class Target:
         """
         model = self.load_graph()
         self._find_values(model.graph, names)
-        graph = ir.convenience.extract(model.graph, [self.input.name], list(names))
-        return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+        return cut_graph(model, self.input.name, names)
 
     def list_taps(self) -> list[Tap]:
         """All tensors worth tapping, shallow to deep; the last is the representation that the classifier's head reads.

@@ -9,8 +9,7 @@ from scipy.stats import spearmanr
 import onnx_models
 from diffense import names
 from diffense.errors import ParityError
-from diffense.graphs import save_graph
-from diffense_export.family import cut_graph
+from diffense.graphs import cut_graph, load_model, save_graph
 from diffense_export.parity import Exported, check_parity, correlate_ranks, draw_smooth_noise
 
 
@@ -26,7 +25,7 @@ def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_targ
 
 
 def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):
-    save_graph(cut_graph(guard.tapped_path, guard.manifest.input.name, names.LATENTS), tmp_path / "features.onnx")
+    save_graph(cut_graph(load_model(guard.tapped_path), guard.manifest.input.name, [names.LATENTS]), tmp_path / "features.onnx")
     cut, whole = onnx.load(tmp_path / "features.onnx"), onnx.load(guard.tapped_path)
     assert [output.name for output in cut.graph.output] == [names.LATENTS]
     assert len(cut.graph.node) < len(whole.graph.node)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from diffense import names
 from diffense.errors import ExportError
-from diffense.graphs import load_model
+from diffense.graphs import cut_graph, load_model
 from diffense.guard import Guard
 from diffense.manifest import Tensor
 from diffense.serving.settings import GatewayOptions, Wiring
@@ -107,7 +107,7 @@ class FamilyBuilder:
         if self.shared:
             copy_graph(self.guard.tapped_path, latents.parent)
         else:
-            save_graph(cut_graph(self.guard.tapped_path, manifest.input.name, names.LATENTS), latents)
+            save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
         outputs = [*(self.outputs if self.shared else ()), self.latents]
         self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image))
         callee = self._build_callee() if self.wiring.callee else None
@@ -235,17 +235,6 @@ def copy_graph(source: Path, version: Path) -> None:
             raise ExportError(f"{source} keeps weights in {location}, the name of the served file; rename that file")
         (version / location).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.parent / location, version / location)
-
-
-def cut_graph(source: Path, start: str, end: str) -> ir.Model:
-    """The part of a graph between one input and one tensor."""
-    model = load_model(source)
-    graph = ir.convenience.extract(model.graph, [start], [end])
-    # `extract` keeps the weights in the order of a set; the same guard has to give the same bytes.
-    weights = dict(sorted(graph.initializers.items()))
-    graph.initializers.clear()
-    graph.initializers.update(weights)
-    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
 
 
 def _list_external(model: ir.Model) -> Sequence[str]:

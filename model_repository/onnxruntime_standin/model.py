@@ -145,7 +145,7 @@ def compare(entries: list[dict[str, Any]], found: Sequence[Any], batched: bool) 
             raise pb_utils.TritonModelException(
                 f"'{name}' has a fixed first dimension ({tensor.shape[0]}) in the graph, so max_batch_size must be 0"
             )
-        stated = entry.get("reshape", {}).get("shape") or entry["dims"]
+        stated = entry["reshape"]["shape"] if "reshape" in entry else entry["dims"]
         wanted, have = [int(size) for size in stated], list_dims(tensor, batched)
         if len(have) != len(wanted) or any(h not in (-1, w) for h, w in zip(have, wanted, strict=True)):
             raise pb_utils.TritonModelException(f"'{name}' is {have} in the graph, not {wanted}")

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from diffense.guidance import Guidance, one_hot
+from diffense.scoring import (
+    Evidence,
+    Formula,
+    combine,
+    find_surprise,
+    fit_surprise,
+    lay_bands,
+    list_evidence,
+    measure,
+    measure_mismatch,
+    weigh_evidence,
+)
+
+CLASSES, TAPS, WIDTH = 5, 3, 8
+SIZE = TAPS * WIDTH
+RNG = np.random.default_rng(0)
+
+
+def make_formula(seen=(True,) * CLASSES, used=np.ones(SIZE, bool)):
+    means = RNG.normal(size=(CLASSES, SIZE)) * used
+    guidance = Guidance("label", np.zeros((CLASSES, 0)), np.zeros(CLASSES), means, np.zeros(SIZE), means, np.array(seen))
+    return Formula(
+        guidance, np.eye(SIZE), lay_bands(used, WIDTH)[0], np.zeros((4, SIZE)), np.ones((2, 1, TAPS)), 4, WIDTH, 0.0, False
+    )
+
+
+def test_mismatch_is_own_over_nearest_other_distance():
+    formula = make_formula(seen=(True, True, False, True, True))
+    z, labels = RNG.normal(size=(20, SIZE)), RNG.integers(0, CLASSES, 20)
+    got = measure_mismatch(formula, z, np.eye(CLASSES)[labels], np)
+    for i, label in enumerate(labels):
+        for tap in range(TAPS):
+            part = slice(tap * WIDTH, (tap + 1) * WIDTH)
+            distance = ((z[i, part] - formula.guidance.means[:, part]) ** 2).sum(axis=1)
+            others = [d for c, d in enumerate(distance) if c not in (label, 2)]
+            assert got[i, tap] == pytest.approx(distance[label] / min(others))
+
+
+def test_strangeness_without_a_network_is_the_mean_square_of_each_band():
+    used = np.ones(SIZE, bool)
+    used[2 * WIDTH - 2 : 2 * WIDTH] = False
+    formula = make_formula(used=used)
+    logits, z = RNG.normal(size=(6, CLASSES)), RNG.normal(size=(6, SIZE)) * used
+    distances = np.exp(measure(formula, logits, z, one_hot(logits), None, np))
+    _, names = lay_bands(used, WIDTH)
+    residual = z - formula.guidance.means[logits.argmax(axis=1)]
+    assert names == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for column, (tap, band) in enumerate(names):
+        low, high = (0, 4) if band == 0 else (4, 6 if tap == 1 else 8)
+        want = (residual[:, tap * WIDTH + low : tap * WIDTH + high] ** 2).mean(axis=1)
+        assert distances[:, column] == pytest.approx(want, rel=1e-6)
+    assert distances.shape[1] == len(list_evidence(names, 1, TAPS))
+
+
+def test_surprise_is_minus_log_p_on_clean_images():
+    clean = RNG.normal(size=(4000, 3)) * np.array([1.0, 0.1, 3.0])
+    surprise = fit_surprise(clean)
+    fresh = find_surprise(surprise, RNG.normal(size=(40000, 3)) * np.array([1.0, 0.1, 3.0]), np)
+    for share in (0.5, 0.2, 0.1, 0.02):
+        assert (fresh >= -np.log(share)).mean(axis=0) == pytest.approx(share, rel=0.2)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=30))
+def test_surprise_grows_with_distance_and_is_zero_for_the_nearest(values):
+    surprise = fit_surprise(np.random.default_rng(1).normal(size=(200, 1)))
+    h = find_surprise(surprise, np.sort(values)[:, None], np)[:, 0]
+    assert (np.diff(h) >= -1e-9).all()
+    assert find_surprise(surprise, np.array([[-50.0]]), np)[0, 0] == 0.0
+
+
+def test_a_constant_distance_gives_a_finite_surprise():
+    surprise = fit_surprise(np.zeros((50, 2)))
+    assert np.isfinite(find_surprise(surprise, np.array([[0.0, 5.0]]), np)).all()
+
+
+@settings(max_examples=50)
+@given(arrays(float, (4, 6), elements=st.floats(0, 20)), st.integers(0, 5), st.floats(0.1, 5))
+def test_more_surprise_never_lowers_the_score(surprises, column, more):
+    weights = weigh_evidence(
+        [Evidence("strangeness", 0, b, 0) for b in range(4)] + [Evidence("mismatch", t, -1, -1) for t in range(2)]
+    )
+    assert weights.sum() == pytest.approx(1) and weights[:4].sum() == pytest.approx(0.5)
+    raised = surprises.copy()
+    raised[:, column] += more
+    assert (combine(raised, weights, np) > combine(surprises, weights, np)).all()
