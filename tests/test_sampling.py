@@ -39,9 +39,7 @@ def test_many_steps_follow_the_flow_of_a_standard_gaussian(sigma: float) -> None
     start = u[:, None] + sigma * noise
     # x(s) = x(s0) sqrt((1 + s^2) / (1 + s0^2)) solves dx/ds = (x - D(x, s)) / s; the last step restores from SIGMA_MIN.
     last = np.sqrt((1 + SIGMA_MIN**2) / (1 + sigma**2)) / (1 + SIGMA_MIN**2)
-    errors = []
-    for steps in (50, 200, 800):
-        errors.append(np.abs(draw_samples(u, sigma, steps, 0.0, noise) - start * last).max())
+    errors = [np.abs(draw_samples(u, sigma, steps, 0.0, noise) - start * last).max() for steps in (50, 200, 800)]
     assert errors[-1] < 4e-3 * np.abs(start * last).max()
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 

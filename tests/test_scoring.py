@@ -6,7 +6,6 @@ from hypothesis.extra.numpy import arrays
 
 from diffense.guidance import Guidance, one_hot
 from diffense.scoring import (
-    Evidence,
     Formula,
     combine,
     find_surprise,
@@ -20,15 +19,15 @@ from diffense.scoring import (
 
 CLASSES, TAPS, WIDTH = 5, 3, 8
 SIZE = TAPS * WIDTH
+EVERY_ENTRY = np.ones(SIZE, bool)
 RNG = np.random.default_rng(0)
 
 
-def make_formula(seen=(True,) * CLASSES, used=np.ones(SIZE, bool)):
+def make_formula(seen=(True,) * CLASSES, used=EVERY_ENTRY):
     means = RNG.normal(size=(CLASSES, SIZE)) * used
     guidance = Guidance("label", np.zeros((CLASSES, 0)), np.zeros(CLASSES), means, np.zeros(SIZE), means, np.array(seen))
-    return Formula(
-        guidance, np.eye(SIZE), lay_bands(used, WIDTH)[0], np.zeros((4, SIZE)), np.ones((2, 1, TAPS)), 4, WIDTH, 0.0, False
-    )
+    bands, ladder = lay_bands(used, WIDTH)[0], np.ones((2, 1, TAPS))
+    return Formula(guidance, np.eye(SIZE), bands, np.zeros((4, SIZE)), ladder, 4, WIDTH, 0.0, False)
 
 
 def test_mismatch_is_own_over_nearest_other_distance():
@@ -83,9 +82,7 @@ def test_a_constant_distance_gives_a_finite_surprise():
 @settings(max_examples=50)
 @given(arrays(float, (4, 6), elements=st.floats(0, 20)), st.integers(0, 5), st.floats(0.1, 5))
 def test_more_surprise_never_lowers_the_score(surprises, column, more):
-    weights = weigh_evidence(
-        [Evidence("strangeness", 0, b, 0) for b in range(4)] + [Evidence("mismatch", t, -1, -1) for t in range(2)]
-    )
+    weights = weigh_evidence(list_evidence([(0, band) for band in range(4)], 1, 2))
     assert weights.sum() == pytest.approx(1) and weights[:4].sum() == pytest.approx(0.5)
     raised = surprises.copy()
     raised[:, column] += more
