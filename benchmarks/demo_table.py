@@ -28,7 +28,7 @@ def record(summary: Path, seed: int) -> None:
 def render_table(rows: list[dict[str, Any]]) -> str:
     """Rows -> Markdown."""
     lines = [
-        "| attack | clean accuracy before = after | ASR before → after | false alarms (alpha) | AUROC | median latency, one image |",
+        "| attack | clean accuracy, before = after | ASR before → after | false alarms (alpha) | AUROC | median latency |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -42,8 +42,9 @@ def render_table(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     lines.append("")
     lines.append(
-        f"{first['dataset']}; seed {first['seed']}, commit {first['commit']}, {first['machine']}; Triton {first['server_version']}, "
-        f"placement {first['placement']}, loop {first['loop']}, onnxruntime backend by the Python stand-in."
+        f"{first['dataset']}; seed {first['seed']}, commit {first['commit']}, {first['machine']}; Triton "
+        f"{first['server_version']}, placement {first['placement']}, loop {first['loop']}, one image a request, onnxruntime "
+        "backend by the Python stand-in."
     )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.demo_table import RESULTS, render_table
-from diffense.ports import find_ports
+from diffense.ports import choose_ports
 from shapes import draw_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_guard_your_own_model_and_ask_it(small_target, tmp_path):
         if "score" in command:
             rows = [json.loads(line) for line in output.splitlines()]
             assert [set(row) for row in rows] == [{"index", "path", "label", "score", "p_value", "flagged"}] * 12
-    ports = find_ports("127.0.0.1", 3)
+    ports = choose_ports("127.0.0.1", (0, 0, 0))
     options = [f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
     with subprocess.Popen(
         [*serve.split(), *options], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
