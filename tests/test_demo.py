@@ -157,7 +157,7 @@ def test_onnx_file_gives_the_logits_of_the_classifier(split: Split) -> None:
 
 
 def weigh(classifier: Classifier) -> np.ndarray:
-    return torch.nn.utils.parameters_to_vector(classifier.parameters()).detach().numpy()
+    return torch.cat([parameter.detach().reshape(-1) for parameter in classifier.parameters()]).numpy()
 
 
 def test_training_is_repeatable_also_from_several_threads(
