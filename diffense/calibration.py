@@ -1,11 +1,14 @@
 """Split conformal p-values, the threshold that belongs to alpha, and how sure the realised false-alarm rate is."""
 
 import math
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffense.errors import OptionError, TooFewImagesError
+
+SLACK: Final = 1e-9  # of a count of images: 0.3 - 0.2 is meant as 0.1
 
 
 def rank_p_values(calibration: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -22,9 +25,19 @@ def rank_p_values(calibration: NDArray[np.float32], scores: NDArray[np.float32])
     return np.asarray((1.0 + at_least) / (len(calibration) + 1.0), dtype=np.float64)
 
 
+def count_allowed(alpha: float, calibration_size: int) -> int:
+    """The largest k with ``k / (n + 1) <= alpha``: p-values are such fractions, and up to this one they are flagged."""
+    return math.floor(alpha * (calibration_size + 1) + SLACK)
+
+
+def flag(p_values: NDArray[np.float64], alpha: float, calibration_size: int) -> NDArray[np.bool_]:
+    """(N,) p-values of `rank_p_values` -> whether each is at most alpha."""
+    return np.asarray(np.rint(p_values * (calibration_size + 1)) <= count_allowed(alpha, calibration_size))
+
+
 def needed_images(alpha: float) -> int:
     """Fewest calibration images for which ``p <= alpha`` can happen: the least n with ``1 / (n + 1) <= alpha``."""
-    return math.ceil(round(1.0 / alpha, 9)) - 1
+    return math.ceil((1.0 - SLACK) / alpha) - 1
 
 
 def check_alpha(alpha: float, calibration_size: int) -> None:
@@ -50,8 +63,7 @@ def find_threshold(calibration: NDArray[np.float32], alpha: float) -> float:
         calibration: (n,) ascending scores.
         alpha: false-alarm rate, at least ``1 / (n + 1)``.
     """
-    allowed = math.floor(alpha * (len(calibration) + 1) + 1e-9) - 1  # calibration scores that may lie at or above
-    return float(calibration[len(calibration) - 1 - allowed])
+    return float(calibration[len(calibration) - count_allowed(alpha, len(calibration))])
 
 
 def bound_false_alarms(calibration_size: int, alpha: float, confidence: float = 0.9) -> tuple[float, float]:
@@ -64,7 +76,7 @@ def bound_false_alarms(calibration_size: int, alpha: float, confidence: float = 
     """
     from scipy.stats import beta
 
-    k = math.floor(alpha * (calibration_size + 1) + 1e-9)
+    k = count_allowed(alpha, calibration_size)
     tail = (1.0 - confidence) / 2.0
     low, high = beta.ppf([tail, 1.0 - tail], k, calibration_size + 1 - k)
     return float(low), float(high)

@@ -16,7 +16,7 @@ PLOT_RIGHT: Final = WIDTH - MARGIN_RIGHT
 ROW_HEIGHT: Final = 96.0  # of one of the histogram's two rows
 ROW_GAP: Final = 30.0
 TOP: Final = 34.0
-ROC_SIDE: Final = 236.0
+ROC_HEIGHT: Final = 222.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Roc:
     y_ticks: tuple[Tick, ...]
     point: tuple[float, float]
     point_text: str
+    point_text_y: float
     point_anchor: str
 
 
@@ -151,17 +152,17 @@ def draw_roc(clean: NDArray[Any], triggered: NDArray[Any], point: tuple[float, f
     """
     decades = max(1, math.ceil(math.log10(len(clean))))
     floor = 10.0**-decades
-    right, bottom = WIDTH * 0.75 - MARGIN_RIGHT, TOP + ROC_SIDE
+    right, bottom = PLOT_RIGHT, TOP + ROC_HEIGHT
 
     def place(false: float, true: float) -> tuple[float, float]:
         share = 1 + math.log10(max(false, floor)) / decades
-        return MARGIN_LEFT + share * (right - MARGIN_LEFT), bottom - true * ROC_SIDE
+        return MARGIN_LEFT + share * (right - MARGIN_LEFT), bottom - true * ROC_HEIGHT
 
     places = [place(float(false), float(true)) for false, true in zip(*trace_roc(clean, triggered), strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     x, y = place(*point)
     return Roc(
-        width=WIDTH * 0.75,
+        width=WIDTH,
         height=bottom + 44,
         left=MARGIN_LEFT,
         right=right,
@@ -171,6 +172,7 @@ def draw_roc(clean: NDArray[Any], triggered: NDArray[Any], point: tuple[float, f
         x_ticks=tuple(Tick(place(10.0**-d, 0)[0], _percent(10.0**-d)) for d in range(decades, -1, -1)),
         y_ticks=tuple(Tick(place(1, share)[1], f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
         point=(x, y),
+        point_text_y=y + 22 if bottom - y > ROC_HEIGHT / 4 else y - 14,
         point_text=f"{_percent(point[1])} at {_percent(point[0])}",
         point_anchor="start" if x < (MARGIN_LEFT + right) / 2 else "end",
     )

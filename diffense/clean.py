@@ -16,6 +16,7 @@ from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
 CALIBRATION_SHARE: Final = 0.4
 MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of few images
 FEWEST_FIT_IMAGES: Final = 20
+FEWEST_IMAGES: Final = 34  # of which FEWEST_FIT_IMAGES are left when the usual share calibrates
 
 Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float64], list[NDArray[np.float64]]]]
 """(N, H, W, C) pixels -> (N, classes) logits and the (N, P) pooled features of each tap."""
@@ -50,20 +51,22 @@ def count_calibration(images: int, alpha: float) -> int:
         TooFewImagesError: alpha cannot be reached with so few images, or too few are left to fit on.
         OptionError: alpha is not between 0 and 1.
     """
-    most = int(MOST_CALIBRATION_SHARE * images)
-    chosen = min(max(round(CALIBRATION_SHARE * images), needed_images(alpha) if 0 < alpha < 1 else 0), most)
-    if 0 < alpha < 1 and chosen < needed_images(alpha):
-        total = math.ceil(needed_images(alpha) / MOST_CALIBRATION_SHARE)
+    needed = needed_images(alpha) if 0 < alpha < 1 else 0
+    fewest = max(math.ceil(needed / MOST_CALIBRATION_SHARE), needed + FEWEST_FIT_IMAGES, FEWEST_IMAGES)
+    usual = round(CALIBRATION_SHARE * images)
+    if images - usual < FEWEST_FIT_IMAGES:
         raise TooFewImagesError(
-            f"alpha {alpha:g} needs {total} clean images ({needed_images(alpha)} of them to calibrate), there are {images}; "
+            f"{images} clean images leave {images - usual} to fit on, and a guard needs {FEWEST_FIT_IMAGES}; give at least "
+            f"{fewest}, and five a class"
+        )
+    if needed > usual and images < fewest:
+        most = min(int(MOST_CALIBRATION_SHARE * images), images - FEWEST_FIT_IMAGES)
+        raise TooFewImagesError(
+            f"alpha {alpha:g} needs {fewest} clean images ({needed} of them to calibrate), there are {images}; "
             f"give more, or an alpha of at least {math.ceil(1e4 / (most + 1)) / 1e4:g}"
         )
+    chosen = max(usual, needed)
     check_alpha(alpha, chosen)
-    if images - chosen < FEWEST_FIT_IMAGES:
-        raise TooFewImagesError(
-            f"{images} clean images leave {images - chosen} to fit on, and a guard needs {FEWEST_FIT_IMAGES}; "
-            "five a class is the least that works"
-        )
     return chosen
 
 

@@ -1,5 +1,7 @@
 """Texts of the command line -> values; a wrong one names its option."""
 
+import math
+
 from diffense.errors import OptionError
 
 
@@ -19,14 +21,17 @@ def parse_floats(option: str, text: str | None) -> tuple[float, ...] | None:
     """``"0.5,0.5,0.5"`` -> numbers; None stays None.
 
     Raises:
-        OptionError: not comma-separated numbers.
+        OptionError: not comma-separated, finite numbers.
     """
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise OptionError(f"{option} is {text!r}, it must be numbers separated by commas") from error
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(math.isfinite(number) for number in numbers):
+        raise OptionError(f"{option} is {text!r}, it must be numbers separated by commas")
+    return numbers
 
 
 def parse_names(text: str | None) -> list[str] | None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from diffense.calibration import find_threshold, rank_p_values
+from diffense.calibration import find_threshold, flag, rank_p_values
 from diffense.errors import TamperedError
 from diffense.guidance import Guidance, one_hot
 from diffense.manifest import Manifest, check_files, read_manifest
@@ -105,7 +105,8 @@ class Scorer:
     def judge(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """(N,) scores -> p-values and flags."""
         p_values = rank_p_values(self.calibration, scores)
-        return p_values, np.where(p_values <= self.alpha, FLAGGED_YES, PASSED).astype(np.uint8)
+        flagged = flag(p_values, self.alpha, len(self.calibration))
+        return p_values, np.where(flagged, FLAGGED_YES, PASSED).astype(np.uint8)
 
     def score(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> Scored:
         """Score N inputs.

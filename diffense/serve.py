@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from diffense.serverlog import explain_log
 
 __all__ = ["Endpoints", "ServerFiles", "TritonServer", "find_server"]
 
+SHELL_SAFE: Final = re.compile(r"[\w/.@+,:=%-]+", re.ASCII)
 POLL_S: Final = 0.1
 KEPT_LINES: Final = 4000
 SHARED_MEMORY: Final = Path("/dev", "shm")
@@ -128,6 +130,11 @@ class TritonServer:
             raise ServeError("the server is already running")
         if not self.repository.is_dir():
             raise ServeError(f"{self.repository} is no folder; give the model repository that `diffense export` wrote")
+        if not SHELL_SAFE.fullmatch(str(self.repository.resolve())):
+            raise ServeError(
+                f"{self.repository}: Triton's Python backend starts its processes through a shell that takes no such path; "
+                "move the repository to one of ASCII letters, digits and / . _ - + @ , : = %"
+            )
         self.files = find_server(self._which)
         deadline = time.monotonic() + timeout_s
         try:

@@ -147,7 +147,7 @@ def test_shared_memory_is_given_back(endpoints: Endpoints, protocol: Protocol) -
             return set(plain.get_system_shared_memory_status().regions)
 
     registered, mounted = list_regions(), set(MOUNT.glob(f"diffense-{os.getpid()}-*"))
-    with connect(endpoints, protocol, shared_memory=True, timeout_s=5, retries=0) as client:
+    with connect(endpoints, protocol, shared_memory=True, timeout_s=30, retries=0) as client:
         for code in (BUSY, BROKEN, INVALID):
             with pytest.raises(ClientError):
                 client.infer(trigger(code))

@@ -61,6 +61,30 @@ def test_a_tap_sees_the_shallower_taps_and_no_others(weights, operands):
         assert same == [tap <= changed for tap in range(TAPS)]
 
 
+def test_a_tap_does_not_see_the_noised_values_or_levels_of_others(weights, operands):
+    before = run(weights, operands).reshape(COUNT, ROWS, TAPS, WIDTH)
+    for changed in range(TAPS):
+        noised, sigma = operands[0].copy(), operands[1].copy()
+        noised[..., changed * WIDTH : (changed + 1) * WIDTH] += 0.5
+        sigma[..., changed] *= 3
+        after = run(weights, (noised, sigma, *operands[2:])).reshape(COUNT, ROWS, TAPS, WIDTH)
+        assert [np.array_equal(before[:, :, tap], after[:, :, tap]) for tap in range(TAPS)] == [
+            t != changed for t in range(TAPS)
+        ]
+
+
+def test_rows_and_images_are_restored_each_for_itself(weights, operands):
+    noised, sigma, residual, guide = operands
+    whole = run(weights, operands)
+    np.testing.assert_allclose(run(weights, [o[2:3] for o in operands]), whole[2:3], atol=1e-5)
+    np.testing.assert_allclose(run(weights, (noised[:, ::-1], sigma[:, ::-1], residual, guide)), whole[:, ::-1], atol=1e-5)
+
+
+def test_next_to_no_noise_changes_next_to_nothing(weights, operands):
+    noised, sigma, residual, guide = operands
+    np.testing.assert_allclose(run(weights, (noised, sigma * 0 + 1e-5, residual, guide)), noised, atol=1e-3)
+
+
 def test_label_guidance_is_linear_in_its_weight(weights, operands):
     noised, sigma, residual, guide = operands
     none, label = run(weights, (noised, sigma, residual, guide * 0)), run(weights, operands)

@@ -100,7 +100,8 @@ def test_directions_without_variance_are_left_out():
 @given(st.integers(0, 2**31))
 def test_innovations_do_not_change_when_a_tap_is_turned(seed):
     rng = np.random.default_rng(seed)
-    features = [rng.gamma(2, size=(300, 9)) @ rng.normal(size=(9, 9)) for _ in range(2)]
+    mixes = [np.linalg.qr(rng.normal(size=(9, 9)))[0] * np.geomspace(0.1, 2, 9) for _ in range(2)]
+    features = [rng.gamma(2, size=(300, 9)) @ mix for mix in mixes]
     turn, _ = np.linalg.qr(rng.normal(size=(9, 9)))
 
     def innovate(taps):

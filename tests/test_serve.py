@@ -266,3 +266,10 @@ def test_command_explains_a_bad_config_without_a_traceback(tmp_path: Path) -> No
     (line,) = [line for line in answer.stderr.splitlines() if line.startswith("diffense:")]
     assert "model broken does not load" in line
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("name", ["two words", "a;b", "$(touch x)", "caf\u00e9", "a'b"])
+def test_a_repository_whose_path_a_shell_would_read_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ServeError, match="shell"):
+        TritonServer(tmp_path / name).start()

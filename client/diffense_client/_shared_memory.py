@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from diffense.errors import ClientError, OptionError
 
-LET_GO_S: Final = 1.0  # deadline of asking the server to unmap a region
+LET_GO_S: Final = 3.0  # deadline of asking the server to unmap a region
 # A server refuses while a request that the client gave up on still runs.
-LET_GO_WAITS_S: Final = (0.0, 0.1, 0.2, 0.4, 0.8)
+LET_GO_WAITS_S: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
 MOUNT: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory has this one place on Linux
 
 

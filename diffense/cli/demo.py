@@ -6,8 +6,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from diffense.errors import ServeError
 
 if TYPE_CHECKING:
     from diffense.demo.run import Demo
@@ -39,31 +42,33 @@ def command(
         if keep:
             console.print(list_commands(demo, out), markup=False, highlight=False, soft_wrap=True)
             try:
-                demo.server.wait()
+                code = demo.server.wait()
             except KeyboardInterrupt:
                 stages.say("stopping the server")
+            else:
+                raise ServeError(f"the server ended by itself with code {code}: {demo.server.explain()}")
 
 
 def make_table(rows: "tuple[Figures, ...]") -> Table:
     """Lay out the figures, one row an attack."""
-    table = Table(title="Answers of the served models")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("attack")
     for heading in (
         "clean accuracy\nbefore -> after",
         "attack success\nbefore -> after",
-        "false alarms\n(alpha)",
+        "alarms\n(alpha)",
         "AUROC",
-        "median latency\nunguarded -> guarded",
+        "median ms\nbare -> guarded",
     ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             row.attack,
-            f"{row.clean_accuracy_before:.2%} -> {row.clean_accuracy_after:.2%}",
-            f"{row.asr_before:.2%} -> {row.asr_after:.2%}",
-            f"{row.fpr:.2%} ({row.alpha:.2%})",
+            f"{100 * row.clean_accuracy_before:.2f} -> {row.clean_accuracy_after:.2%}",
+            f"{100 * row.asr_before:.2f} -> {row.asr_after:.2%}",
+            f"{row.fpr:.2%} ({100 * row.alpha:g}%)",
             f"{row.auroc:.4f}",
-            f"{row.p50_ms_unguarded:.1f} -> {row.p50_ms_guarded:.1f} ms",
+            f"{row.p50_ms_unguarded:.1f} -> {row.p50_ms_guarded:.1f}",
         )
     return table
 

@@ -165,7 +165,7 @@ def _list_settings(victim: Victim, figures: Figures) -> Settings:
         ("clean images", f"{manifest.clean.given}, of which {manifest.calibration_size} only for the calibration"),
         ("false alarms to expect", f"{low:.2%} to {high:.2%} (90 % interval) at alpha {manifest.alpha:g}"),
         ("learned part", f"{'on' if manifest.network.used else 'off'}: {manifest.network.reason}"),
-        ("noise levels", f"{levels}; {manifest.sampling.steps} steps, {manifest.sampling.draws} draws"),
+        ("noise levels, steps, draws", f"{levels}; {manifest.sampling.steps}; {manifest.sampling.draws}"),
     ]
 
 

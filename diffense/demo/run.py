@@ -140,11 +140,17 @@ def train_all(train: Digits, attacks: list[Attack], paths: dict[str, Path], seed
 
         save_onnx(train_classifier(train, attack, seed, note), paths[attack.key])
 
+    with limit_threads(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(train_one, attacks))
+
+
+@contextmanager
+def limit_threads() -> Iterator[None]:
+    """Give torch one thread: its threads spin while they wait, which costs networks this small more than it gains."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(train_one, attacks))
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -154,7 +160,7 @@ def _guard_classifier(
 ) -> Victim:
     model = f"{MODEL_PREFIX}{attack.key}"
     messages: list[str] = []
-    with stages.stage(f"fitting a guard against {attack.title}") as update:
+    with stages.stage(f"fitting a guard against {attack.title}") as update, limit_threads():
         guard = fit_guard(
             Target.open(path),
             clean.pixels,

@@ -47,4 +47,4 @@ class Stages:
 
     def say(self, message: str) -> None:
         """Print a line above the display; `message` is no markup."""
-        self.console.print(message, markup=False, highlight=False)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
