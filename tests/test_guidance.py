@@ -76,7 +76,12 @@ def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> Non
     _, residual = split_mean(guidance, fresh, fresh_logits, False)
     assert np.mean(residual**2) < 0.1 * np.mean((fresh - latents.mean(axis=0)) ** 2)
     assert np.isfinite(guidance.means).all() and guidance.means.shape == (1000, 8)
-    seen = np.bincount(logits.argmax(axis=1), minlength=1000) > 0
+    labels = logits.argmax(axis=1)
+    for label in labels[:20]:
+        own = guide[labels == label] @ guidance.slope + guidance.bias
+        np.testing.assert_allclose(guidance.means[label], own.mean(axis=0), atol=1e-9)
+    seen = np.bincount(labels, minlength=1000) > 0
+    np.testing.assert_allclose(guidance.means[~seen], np.tile(latents.mean(axis=0), (np.sum(~seen), 1)))
     assert np.array_equal(guidance.seen, seen) and not seen.all()
 
 

@@ -1,7 +1,9 @@
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from diffense.crossfit import GAIN, LatentSet, cross_fit, learn_network, measure_reference
@@ -30,6 +32,15 @@ def train(spread: float, steps: int = 300, seed: int = 0, used: NDArray[np.bool_
     rows, validation = (draw_innovations(n, s, spread) for n, s in ((1200, 1), (300, 2)))
     rows, validation = (Innovations(r.innovation * used, r.residual * used, r.guide) for r in (rows, validation))
     return train_denoiser(rows, validation, used, SIGMAS, WIDTH, steps, seed, lambda step, of: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Batches here are too small to share, and threads that wait for each other are slow where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

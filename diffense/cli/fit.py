@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -70,9 +71,12 @@ def command(
     )
     defaults = default_preprocessing(opened)
     given = {"scale": scale, "mean": parse_floats("--mean", mean), "std": parse_floats("--std", std)}
-    preprocessing = type(defaults).model_validate(
-        {**defaults.model_dump(), **{key: value for key, value in given.items() if value is not None}}
-    )
+    try:
+        preprocessing = type(defaults).model_validate(
+            {**defaults.model_dump(), **{key: value for key, value in given.items() if value is not None}}
+        )
+    except ValidationError as error:
+        raise OptionError(f"--scale, --mean or --std: {error.errors()[0]['msg']}") from error
     loaded = load_images(images, preprocessing.size, preprocessing.channels)
     for skipped in loaded.skipped:
         console.print(f"skipped {skipped.name}: {skipped.reason}", markup=False, highlight=False)
