@@ -110,10 +110,6 @@ class OnnxNamespace:
         """Elementwise maximum."""
         return self.record("Max", x, y)
 
-    def minimum(self, x: OnnxArray, y: Any) -> OnnxArray:
-        """Elementwise minimum."""
-        return self.record("Min", x, y)
-
     def reshape(self, x: OnnxArray, shape: Sequence[int]) -> OnnxArray:
         """Reshape; one dimension may be -1."""
         return self._append("Reshape", [x.value, self.constant(shape, np.int64)])

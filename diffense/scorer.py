@@ -1,6 +1,7 @@
 """The scorer: the formula with its clean statistics, on NumPy alone; what the served guard computes with."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,12 @@ class Scorer:
         """C."""
         return self.formula.guidance.means.shape[0]
 
-    @property
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """(E,) weights of the evidence."""
+        return weigh_evidence(self.evidence)
+
+    @cached_property
     def evidence(self) -> list[Evidence]:
         """The E pieces of evidence, in the order of `measure`."""
         _, names = lay_bands(self.used, self.formula.width)
@@ -100,7 +106,7 @@ class Scorer:
     def weigh(self, log_distances: NDArray[np.float64]) -> NDArray[np.float32]:
         """(N, E) log distances -> (N,) scores."""
         surprises = find_surprise(self.surprise, log_distances, np)
-        return np.asarray(combine(surprises, weigh_evidence(self.evidence), np), np.float32)
+        return np.asarray(combine(surprises, self.weights, np), np.float32)
 
     def judge(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """(N,) scores -> p-values and flags."""

@@ -5,6 +5,7 @@ evidence.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
 
@@ -76,6 +77,16 @@ class Formula:
     width: int
     data_guidance: float
     probabilities: bool
+
+    @cached_property
+    def means(self) -> NDArray[np.float64]:
+        """(C, K, d) class means, tap by tap."""
+        return self.guidance.means.reshape(len(self.guidance.means), -1, self.width)
+
+    @cached_property
+    def mean_lengths(self) -> NDArray[np.float64]:
+        """(K, C) squared lengths of the class means; worked out once, not at every request."""
+        return np.asarray(np.sum(self.means**2, axis=2).T)
 
 
 def lay_bands(used: NDArray[np.bool_], width: int) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
@@ -153,13 +164,11 @@ def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: De
 
 def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any:
     """Squared distance to the predicted class's mean over that to the nearest other class's, per tap: (N, W) -> (N, K)."""
-    classes, size = formula.guidance.means.shape
-    taps = size // formula.width
-    means = formula.guidance.means.reshape(classes, taps, formula.width)
+    classes, taps, _ = formula.means.shape
     z = xp.reshape(latents, (-1, taps, formula.width))
     length = xp.reshape(xp.sum(z * z, axis=2), (-1, taps, 1))
-    cross = xp.einsum("nkd,ckd->nkc", z, means)
-    distance = length - 2.0 * cross + np.sum(means**2, axis=2).T  # (N, K, C)
+    cross = xp.einsum("nkd,ckd->nkc", z, formula.means)
+    distance = length - 2.0 * cross + formula.mean_lengths  # (N, K, C)
     hot = xp.reshape(label, (-1, 1, classes))
     own = xp.sum(distance * hot, axis=2)
     other = xp.amin(distance + FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0)), axis=2)

@@ -37,7 +37,6 @@ FORMULAS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "exp": lambda xp, x, y: xp.exp(-1.0 * y),
     "maximum": lambda xp, x, y: xp.maximum(x, 0.25),
     "maximum of arrays": lambda xp, x, y: xp.maximum(x, y - 2.0),
-    "minimum": lambda xp, x, y: xp.minimum(x, ROW),
     "reshape": lambda xp, x, y: xp.reshape(x, (-1, 2, 2)),
     "concatenate": lambda xp, x, y: xp.concatenate([x, y, x], axis=1),
     "einsum": lambda xp, x, y: xp.einsum("nk,kc->nck", x, MATRIX),

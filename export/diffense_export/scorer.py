@@ -9,7 +9,7 @@ from diffense.graphs import load_model
 from diffense.guard import Guard
 from diffense.names import LATENTS, LOGITS, P_VALUE, SCORE
 from diffense.onnx_arrays import OnnxNamespace
-from diffense.scoring import combine, find_surprise, measure, weigh_evidence
+from diffense.scoring import combine, find_surprise, measure
 
 
 def build_scorer(guard: Guard) -> ir.Model:
@@ -29,7 +29,7 @@ def build_scorer(guard: Guard) -> ir.Model:
         )
     label = xp.one_hot_argmax(logits, manifest.classes)
     distances = measure(scorer.formula, logits, latents, label, step, xp)
-    score = combine(find_surprise(scorer.surprise, distances, xp), weigh_evidence(scorer.evidence), xp)
+    score = combine(find_surprise(scorer.surprise, distances, xp), scorer.weights, xp)
     p_value = (xp.count_at_least(scorer.calibration, score) + 1.0) / (len(scorer.calibration) + 1.0)
     outputs = {SCORE: xp.reshape(score, (-1, 1)), P_VALUE: xp.reshape(p_value, (-1, 1))}
     return xp.build([latents, logits], {name: (array, ["batch", 1]) for name, array in outputs.items()})
