@@ -101,8 +101,8 @@ def decide_guide(
     kind = choose_kind(labels, classes) if wanted == "auto" else wanted
     if len(few):
         notify(
-            f"{len(few)} of {classes} classes have fewer than {FEWEST_PER_CLASS} clean images ({_name_some(few, counts)}); "
-            "the guard is guided by logits instead of labels"
+            f"{len(few)} of {classes} classes have fewer than {FEWEST_PER_CLASS} clean images to fit on, beside those that "
+            f"calibrate ({_name_some(few, counts)}); the guard is guided by logits instead of labels"
         )
     if len(never):
         notify(

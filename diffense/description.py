@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from diffense.guard import Guard
 from diffense.manifest import Manifest
-from diffense.target import Target
+from diffense.target import Layout, Target
 
 
 class TapLine(BaseModel):
@@ -73,13 +73,15 @@ class GuardDescription(BaseModel):
         }
 
 
-def describe_target(path: Path, logits: str | None, size: tuple[int, int] | None) -> TargetDescription:
+def describe_target(
+    path: Path, logits: str | None = None, size: tuple[int, int] | None = None, layout: Layout | None = None
+) -> TargetDescription:
     """Open a classifier and list what can be tapped.
 
     Raises:
         TargetError: the file is no image classifier that can be guarded.
     """
-    target = Target.open(path, logits=logits, size=size)
+    target = Target.open(path, logits=logits, size=size, layout=layout)
     chosen = {tap.name for tap in target.choose_taps()}
     return TargetDescription(
         file=target.path.name,

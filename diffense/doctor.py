@@ -67,7 +67,8 @@ def _check_python() -> Finding:
 def _check_libpython() -> Finding:
     folder = find_libpython()
     # Only the wheel's server loads it from here; a server of the machine brings its own.
-    fix = None if folder else "install a Python with a shared library (Debian: apt install libpython3.11)"
+    package = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
+    fix = None if folder else f"install a Python with a shared library (Debian: apt install {package})"
     return Finding("shared libpython", str(folder) if folder else None, fix)
 
 

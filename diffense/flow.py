@@ -16,7 +16,6 @@ CHANNEL_SECOND: Final = frozenset(
     }
 )  # fmt: skip
 RESHAPED: Final = {("NCHW", 3): "NCT", ("NHWC", 3): "NTC", ("NCT", 4): "NCHW", ("NTC", 4): "NHWC"}
-BY_RANK: Final = {2: "NC", 3: "NTC"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def trace_flow(graph: ir.Graph, image: ir.Value, logits: ir.Value) -> Flow:
 
 
 def name_axes(flow: Flow, shapes: Mapping[str, Sequence[int]], layout: str) -> dict[str, str]:
-    """What the axes of each tensor mean: ``NCHW``, ``NHWC``, ``NTC`` (tokens), ``NC`` (vectors), or another order.
+    """What the axes of each tensor mean: ``NCHW``, ``NHWC``, ``NTC`` or ``TNC`` (tokens), ``NC`` (vectors), or another order.
 
     Tensors whose axes cannot be named (five axes, heads of an attention) are left out.
 
@@ -81,10 +80,12 @@ def name_axes(flow: Flow, shapes: Mapping[str, Sequence[int]], layout: str) -> d
         layout: of the image.
     """
     axes = {str(flow.tensors[0].name): layout}
+    batch = shapes[str(flow.tensors[0].name)][0]
     for node in flow.nodes:
         for value in node.outputs:
             name = str(value.name)
-            if name in shapes and (named := _name_output(node, flow.reads[node], shapes, axes, shapes[name])) is not None:
+            named = _name_output(node, flow.reads[node], shapes, axes, shapes[name], batch) if name in shapes else None
+            if named is not None:
                 axes[name] = named
     return axes
 
@@ -95,6 +96,7 @@ def _name_output(
     shapes: Mapping[str, Sequence[int]],
     axes: Mapping[str, str],
     shape: Sequence[int],
+    batch: int,
 ) -> str | None:
     rank = len(shape)
     if node.op_type in CHANNEL_SECOND:
@@ -110,8 +112,13 @@ def _name_output(
             return known[0]
         named = RESHAPED.get((known[0], rank))
         same_channels = named is not None and shape[named.index("C")] == before[known[0].index("C")]
-        return named if same_channels else BY_RANK.get(rank)
-    return next((name for name in known if len(name) == rank), BY_RANK.get(rank))
+        return named if same_channels else _guess(shape, batch)
+    return next((name for name in known if len(name) == rank), _guess(shape, batch))
+
+
+def _guess(shape: Sequence[int], batch: int) -> str | None:
+    tokens = "TNC" if len(shape) == 3 and shape[0] != batch == shape[1] else "NTC"
+    return {2: "NC", 3: tokens}.get(len(shape))
 
 
 def _read_values(node: ir.Node) -> list[ir.Value]:

@@ -21,6 +21,7 @@ from diffense.errors import ImageError, OptionError
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS: Final = 64_000_000  # of one stored image; a photograph of 64 megapixels is 8,000 x 8,000
 PARQUET_ROWS: Final = 256  # decoded at a time
+TOO_LARGE: Final = "more than this machine's memory can hold; split it into several"
 MODES: Final = {1: "L", 3: "RGB"}
 
 Row = tuple[str, int | None, Callable[[], Image.Image]]  # name, label, what reads the image
@@ -213,6 +214,8 @@ def _list_npz(source: Path) -> Iterator[Row]:
             pixels, labels = archive["x"], archive.get("y")
     except KeyError as error:
         raise ImageError(f"{source}: no array 'x'; store the images as x, (N, H, W, C) uint8") from error
+    except MemoryError as error:
+        raise ImageError(f"{source}: {TOO_LARGE}") from error
     except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ImageError(f"{source}: not a readable .npz file of plain arrays ({error})") from error
     if pixels.ndim == 3:
@@ -246,6 +249,8 @@ def _list_parquet(source: Path) -> Iterator[Row]:
                 for item in batch.to_pylist():
                     yield f"{source.name}#{row}", item.get("label"), partial(_read_cell, item["image"])
                     row += 1
+    except MemoryError as error:
+        raise ImageError(f"{source}: {TOO_LARGE}") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{source}: not a readable Parquet table ({error})") from error
 

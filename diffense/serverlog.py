@@ -1,4 +1,4 @@
-"""Read why a Triton server did not start from its log."""
+"""Read from its log why a Triton server did not start, or ended."""
 
 import re
 from collections.abc import Iterable
@@ -14,20 +14,28 @@ PROTOBUF_REASON: Final = re.compile(r"text_format\.cc:\d+\] Error parsing text-f
 LAST_RESORTS: Final = (
     re.compile(r"error: creating server: (?P<reason>.+)"),
     re.compile(r"^(?:tritonserver|error): (?P<reason>.+)"),
+    re.compile(r"^(?P<reason>Signal \(\d+\) received)"),  # a crash, or somebody's kill
     re.compile(r"^\S+ E \d+ \S+\] (?P<reason>.+)"),
 )
 # Words of the server and of Python that say nothing about the model.
 PREFIXES: Final = re.compile(
     r"^(?:(?:Internal|Invalid argument|Not found|Unavailable|Unsupported): )?(?:TritonModelException: )?"
 )
-HARMLESS: Final = "CudaDriverHelper"  # logged as an error on every machine without a GPU
+# What a server dies of when a model's process holds a lock that they share and gets no processor time for ten seconds.
+STARVED: Final = "boost::interprocess::lock_exception"
+STARVED_REASON: Final = (
+    "a model's process did not run for 10 s, of which the server dies: the machine is overloaded, or the process was stopped"
+)
+HARMLESS: Final = ("CudaDriverHelper", "CUDA driver version is insufficient")  # errors on every machine without a GPU
 
 
 def explain_log(lines: Iterable[str]) -> str | None:
-    """Say in one line which models did not load and why; None when the log does not tell."""
+    """Say in one line which models did not load and why, or what the server died of; None when the log does not tell."""
     reasons: dict[str, str] = {}
     last_resort = protobuf = None
     for line in lines:
+        if STARVED in line:
+            return STARVED_REASON
         if found := PROTOBUF_REASON.search(line):
             protobuf = found["reason"]
         for pattern in MODEL_REASONS:
@@ -38,7 +46,7 @@ def explain_log(lines: Iterable[str]) -> str | None:
                     reason = f"{reason}: {protobuf}"
                 reasons.setdefault(found["model"], reason)
         for pattern in LAST_RESORTS:
-            if HARMLESS not in line and (found := pattern.search(line)):
+            if not any(words in line for words in HARMLESS) and (found := pattern.search(line)):
                 last_resort = _shorten(found["reason"])
                 break
     if reasons:

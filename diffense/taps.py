@@ -19,7 +19,7 @@ USUAL_TAPS: Final = 8
 ENOUGH_CUTS: Final = 6  # with fewer, block ends that do not cut the graph are taken as well
 FEWEST_TAPS: Final = 2  # one tap has no shallower one to be explained from
 STEM: Final = 0.02  # of the depth: stage ends this close (convolution, then pooling) count as one
-KINDS: Final[dict[str, Kind]] = {"NCHW": "map", "NHWC": "map_nhwc", "NTC": "tokens", "NC": "vector"}
+KINDS: Final[dict[str, Kind]] = {"NCHW": "map", "NHWC": "map_nhwc", "NTC": "tokens", "TNC": "tokens", "NC": "vector"}
 FLOATS: Final = frozenset({"float16", "float32", "float64"})
 WEIGHTED: Final = frozenset(
     {
@@ -50,6 +50,7 @@ class Tap:
         shape: without the batch, measured; a map of one position keeps its axes, (C, 1, 1).
         depth: share of the graph's compute nodes that it depends on, above 0 and below 1.
         dtype: of the tensor, float16 inside graphs of half precision.
+        batch_axis: 1 for tokens of a graph that has them as (T, N, D), as PyTorch's transformers do by default.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Tap:
     shape: tuple[int, ...]
     depth: float
     dtype: str = "float32"
+    batch_axis: int = 0
 
     @property
     def positions(self) -> int:
@@ -78,10 +80,13 @@ class Measured:
         """The tap that this tensor would be; None where it is no map, tokens or vector of each image."""
         name = str(value.name)
         shape, dtype = self.shapes.get(name, ()), self.dtypes.get(name, "")
-        kind = KINDS.get(self.axes.get(name, ""))
-        if kind is None or dtype not in FLOATS or shape[0] != self.batch or 0 in shape:
+        axes = self.axes.get(name, "")
+        if axes not in KINDS or dtype not in FLOATS or 0 in shape:
             return None
-        return Tap(name, kind, shape[1:], depth, dtype)
+        place = axes.index("N")
+        if shape[place] != self.batch:
+            return None
+        return Tap(name, KINDS[axes], (*shape[:place], *shape[place + 1 :]), depth, dtype, place)
 
 
 def find_taps(measured: Measured) -> list[Tap]:
@@ -152,7 +157,7 @@ def named_taps(measured: Measured, names: Sequence[str]) -> list[Tap]:
         if tap is None:
             raise TargetError(
                 f"tap {name!r} has shape {measured.shapes.get(name)} and type {measured.dtypes.get(name)}: "
-                "it must be a float map, tokens or a vector with the batch first"
+                "it must be a float map or a vector with the batch first, or tokens, (N,T,D) or (T,N,D)"
             )
         taps.append(tap)
     return sorted(taps, key=lambda tap: tap.depth)

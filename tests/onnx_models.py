@@ -1,98 +1,14 @@
 """Small ONNX image classifiers with seeded random weights, made without torch, in the styles that exporters write."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-CLASSES = 7
-OPSET = 17
+from onnx_builder import CLASSES, OPSET, Builder, scores
+
 MAP = ("N", 8, 8, 8)
-
-
-class Builder:
-    """Appends nodes to a graph; every method takes and gives tensor names."""
-
-    def __init__(self, seed: int = 0, opset: int = OPSET) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.opset = opset
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-
-    def constant(self, array: NDArray[Any]) -> str:
-        name = f"w{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.array(array, order="C"), name))
-        return name
-
-    def random(self, *shape: int) -> str:
-        fan_in = int(np.prod(shape[1:])) if len(shape) > 2 else shape[0]
-        return self.constant(self.rng.normal(0, (1.5 / fan_in) ** 0.5, shape).astype(np.float32))
-
-    def ints(self, *values: int) -> str:
-        return self.constant(np.array(values, np.int64))
-
-    def node(self, op: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
-        output = name or f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
-        return output
-
-    def conv(self, x: str, cin: int, cout: int, kernel: int = 3, stride: int = 1, group: int = 1) -> str:
-        weight, bias = self.random(cout, cin // group, kernel, kernel), self.constant(np.zeros(cout, np.float32))
-        return self.node("Conv", x, weight, bias, pads=[kernel // 2] * 4, strides=[stride] * 2, group=group)
-
-    def norm(self, x: str, channels: int) -> str:
-        ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        return self.node("BatchNormalization", x, *map(self.constant, (ones, zeros, zeros, ones)))
-
-    def linear(self, x: str, cin: int, cout: int) -> str:
-        return self.node("Add", self.node("MatMul", x, self.random(cin, cout)), self.constant(np.zeros(cout, np.float32)))
-
-    def head(self, x: str, cin: int, classes: int = CLASSES, name: str = "logits") -> str:
-        return self.node("Gemm", x, self.random(cin, classes), self.constant(np.zeros(classes, np.float32)), name=name)
-
-    def pool(self, x: str) -> str:
-        return self.node("Flatten", self.node("GlobalAveragePool", x))
-
-    def layer_norm(self, x: str, width: int) -> str:
-        scale, bias = self.constant(np.ones(width, np.float32)), self.constant(np.zeros(width, np.float32))
-        if self.opset >= 17:
-            return self.node("LayerNormalization", x, scale, bias, axis=-1)
-        centred = self.node("Sub", x, self.node("ReduceMean", x, axes=[-1]))
-        squared = self.node("Pow", centred, self.constant(np.float32(2)))
-        spread = self.node("Add", self.node("ReduceMean", squared, axes=[-1]), self.constant(np.float32(1e-5)))
-        return self.node("Add", self.node("Mul", self.node("Div", centred, self.node("Sqrt", spread)), scale), bias)
-
-    def gelu(self, x: str) -> str:
-        error = self.node("Erf", self.node("Div", x, self.constant(np.float32(2**0.5))))
-        gate = self.node("Add", error, self.constant(np.float32(1)))
-        return self.node("Mul", self.node("Mul", x, gate), self.constant(np.float32(0.5)))
-
-    def model(
-        self,
-        shape: tuple[int | str, ...],
-        outputs: dict[str, tuple[int | str, ...]],
-        dtype: int = TensorProto.FLOAT,
-        image: str = "image",
-        domains: tuple[str, ...] = (),
-    ) -> onnx.ModelProto:
-        graph = helper.make_graph(
-            self.nodes,
-            "classifier",
-            [helper.make_tensor_value_info(image, dtype, shape)],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, sides) for name, sides in outputs.items()],
-            self.weights,
-        )
-        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-        onnx.checker.check_model(model)
-        return model
-
-
-def scores(classes: int = CLASSES) -> dict[str, tuple[int | str, ...]]:
-    return {"logits": ("N", classes)}
 
 
 def plain_cnn(
@@ -187,22 +103,35 @@ def preact_resnet(opset: int = OPSET, blocks: int = 2) -> onnx.ModelProto:
     return b.model(("N", 3, 16, 16), scores())
 
 
-def vit(opset: int = OPSET, blocks: int = 4, width: int = 16, heads: int = 2) -> onnx.ModelProto:
-    """Patch embedding, class token, pre-norm blocks with outputs ``attended<i>`` and ``block<i>``, class-token head."""
+def vit(opset: int = OPSET, blocks: int = 4, width: int = 16, heads: int = 2, sequence_first: bool = False) -> onnx.ModelProto:
+    """Patch embedding, class token, pre-norm blocks with outputs ``attended<i>`` and ``block<i>``, class-token head.
+
+    `sequence_first` holds the same tokens as (T, N, D), which PyTorch's transformers do unless told otherwise.
+    """
     b = Builder(4, opset)
     patches = b.node("Conv", "image", b.random(width, 3, 4, 4), strides=[4, 4])
-    tokens = b.node("Transpose", b.node("Reshape", patches, b.ints(0, width, 16)), perm=[0, 2, 1])
+    flat = b.node("Reshape", patches, b.ints(0, width, 16))
+    tokens = b.node("Transpose", flat, perm=[2, 0, 1] if sequence_first else [0, 2, 1])
     batch = b.node("Gather", b.node("Shape", "image"), b.ints(0), axis=0)
-    token_shape = b.node("Concat", batch, b.ints(1, width), axis=0)
-    token = b.node("Expand", b.random(1, 1, width), token_shape)
-    x = b.node("Add", b.node("Concat", token, tokens, axis=1), b.random(1, 17, width), name="embedded")
+    sides = (b.ints(1), batch, b.ints(width)) if sequence_first else (batch, b.ints(1), b.ints(width))
+    token = b.node("Expand", b.random(1, 1, width), b.node("Concat", *sides, axis=0))
+    places = b.rng.normal(size=(17, 1, width) if sequence_first else (1, 17, width)).astype(np.float32)
+    joined = b.node("Concat", token, tokens, axis=0 if sequence_first else 1)
+    x = b.node("Add", joined, b.constant(places), name="embedded")
+    attend = _attention_sequence_first if sequence_first else _attention
     for i in range(blocks):
-        x = b.node("Add", x, _attention(b, b.layer_norm(x, width), width, heads), name=f"attended{i}")
+        x = b.node("Add", x, attend(b, b.layer_norm(x, width), width, heads), name=f"attended{i}")
         hidden = b.gelu(b.linear(b.layer_norm(x, width), width, 2 * width))
         x = b.node("Add", x, b.linear(hidden, 2 * width, width), name=f"block{i}")
     x = b.layer_norm(x, width)
-    b.head(b.node("Gather", x, b.constant(np.array(0, np.int64)), axis=1, name="class_token"), width)
+    first = b.constant(np.array(0, np.int64))
+    b.head(b.node("Gather", x, first, axis=0 if sequence_first else 1, name="class_token"), width)
     return b.model(("N", 3, 16, 16), scores())
+
+
+def vit_sequence_first() -> onnx.ModelProto:
+    """The classifier of `vit`, written with (T, N, D) tokens."""
+    return vit(sequence_first=True)
 
 
 def _attention(b: Builder, x: str, width: int, heads: int) -> str:
@@ -214,6 +143,20 @@ def _attention(b: Builder, x: str, width: int, heads: int) -> str:
     weights = b.node("Softmax", b.node("MatMul", query, key), axis=-1)
     mixed = b.node("Transpose", b.node("MatMul", weights, value), perm=[0, 2, 1, 3])
     return b.linear(b.node("Reshape", mixed, b.ints(0, 17, width)), width, width)
+
+
+def _attention_sequence_first(b: Builder, x: str, width: int, heads: int) -> str:
+    """As PyTorch exports it: the heads stand beside the batch, and the last product is made of (T N, D)."""
+
+    def split(perm: list[int]) -> str:
+        projected = b.node("Reshape", b.linear(x, width, width), b.ints(17, -1, width // heads))
+        return b.node("Transpose", projected, perm=perm)
+
+    query, key, value = split([1, 0, 2]), split([1, 2, 0]), split([1, 0, 2])
+    weights = b.node("Softmax", b.node("MatMul", query, key), axis=-1)
+    mixed = b.node("Transpose", b.node("MatMul", weights, value), perm=[1, 0, 2])
+    rows = b.linear(b.node("Reshape", mixed, b.ints(-1, width)), width, width)
+    return b.node("Reshape", rows, b.ints(17, -1, width))
 
 
 def convnext(opset: int = OPSET, channels_last: bool = False) -> onnx.ModelProto:

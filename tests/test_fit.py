@@ -87,7 +87,9 @@ def test_two_classes_and_one_channel_are_enough(tmp_path):
     assert len(guard.score(images[:7]).scores) == 7
 
 
-@pytest.mark.parametrize("style", ["vit", "convnext", "preact_resnet", "densenet", "uint8_input", "nhwc_input"])
+@pytest.mark.parametrize(
+    "style", ["vit", "vit_sequence_first", "convnext", "preact_resnet", "densenet", "uint8_input", "nhwc_input"]
+)
 def test_every_style_of_network_can_be_guarded(style, tmp_path):
     model = getattr(onnx_models, style)()
     path = onnx_models.save(model, tmp_path / "target.onnx")

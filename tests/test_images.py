@@ -1,22 +1,19 @@
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
-from pyarrow import parquet
 
 from diffense import images as images_module
-from diffense.errors import ImageError, OptionError
+from diffense.errors import ImageError
 from diffense.images import Preprocessing, Skipped, fit_image, load_images, read_image
+from pictures import BATCHES, encode, ramp
 
-BATCHES = hnp.arrays(np.uint8, st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3])))
 EXIF_ORIENTATION = 0x0112
 
 
@@ -24,17 +21,6 @@ def preprocessing(images: np.ndarray, **options: object) -> Preprocessing:
     height, width, channels = images.shape[1:]
     settings = {"size": (height, width), "channels": channels, "layout": "NHWC", "dtype": "float32", **options}
     return Preprocessing.model_validate(settings)
-
-
-def encode(array: np.ndarray, form: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def ramp(height: int = 6, width: int = 8, channels: int = 3) -> np.ndarray:
-    image = np.random.default_rng(3).integers(0, 256, (height, width, channels), np.uint8)
-    return image[..., 0] if channels == 1 else image
 
 
 @given(images=BATCHES)
@@ -224,108 +210,6 @@ def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.Mon
     for limit in (3000, 1000):  # Pillow warns above its limit and raises above twice its limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert load_images(tmp_path, (6, 8), 3).skipped[0].reason == "more than 3599 pixels"
-
-
-@settings(max_examples=20)
-@given(images=BATCHES.filter(len), labelled=st.booleans())
-def test_npz_gives_its_pixels_names_and_labels(
-    tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, labelled: bool
-) -> None:
-    path = tmp_path_factory.mktemp("npz") / "digits.npz"
-    labels = np.arange(len(images), dtype=np.uint8)
-    np.savez(path, x=images, **({"y": labels} if labelled else {}))
-    loaded = load_images(path, images.shape[1:3], images.shape[3])
-    np.testing.assert_array_equal(loaded.pixels, images)
-    assert loaded.names == tuple(f"digits.npz#{i}" for i in range(len(images)))
-    assert (loaded.labels is not None and loaded.labels.tolist() == labels.tolist()) or not labelled
-
-
-def test_grey_npz_without_channel_axis_becomes_colour_by_repetition(tmp_path: Path) -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (4, 5, 6), np.uint8)
-    np.savez_compressed(tmp_path / "grey.npz", x=grey)
-    loaded = load_images(tmp_path / "grey.npz", (5, 6), 3)
-    np.testing.assert_array_equal(loaded.pixels, np.repeat(grey[..., None], 3, axis=3))
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"images": np.zeros((1, 2, 2, 3), np.uint8)}, "no array 'x'"),
-        ({"x": np.zeros((1, 2, 2, 3), np.float32)}, "x is float32"),
-        ({"x": np.zeros((1, 2, 2, 4), np.uint8)}, r"\(1, 2, 2, 4\)"),
-        ({"x": np.zeros((4,), np.uint8)}, r"\(4,\)"),
-        ({"x": np.zeros((0, 2, 2, 3), np.uint8)}, "no image could be read"),
-        ({"x": np.array([{"a": 1}], object)}, "plain arrays"),
-        ({"x": np.zeros((1, 2, 2, 3), np.uint8), "y": np.array([None], object)}, "plain arrays"),
-        ({"x": np.zeros((2, 2, 2, 3), np.uint8), "y": np.zeros(3, int)}, r"y is int64 \(3,\)"),
-        ({"x": np.zeros((2, 2, 2, 3), np.uint8), "y": np.zeros(2)}, "y is float64"),
-    ],
-)
-def test_npz_that_cannot_be_used_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(ImageError, match=message):
-        load_images(tmp_path / "bad.npz", (2, 2), 3)
-
-
-@pytest.mark.parametrize("name", ["bad.npz", "bad.parquet"])
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
-def test_damaged_tables_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ImageError, match=f"{name}.*not a readable"):
-        load_images(tmp_path / name, (2, 2), 3)
-
-
-def test_npy_that_is_called_npz_is_refused(tmp_path: Path) -> None:
-    with (tmp_path / "bad.npz").open("wb") as file:
-        np.save(file, np.zeros((1, 2, 2, 3), np.uint8))
-    with pytest.raises(ImageError, match="not a readable"):
-        load_images(tmp_path / "bad.npz", (2, 2), 3)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_parquet_gives_decoded_rows_and_skips_damaged_ones(nested: bool, tmp_path: Path) -> None:
-    arrays = [np.full((3, 4, 3), value, np.uint8) for value in range(300)]
-    cells: list[object] = [encode(array) for array in arrays]
-    cells[7], cells[8] = b"broken", None
-    column = [{"bytes": cell, "path": None} for cell in cells] if nested else cells
-    table = pyarrow.table({"image": column, "label": [i % 5 for i in range(300)], "other": list("abc") * 100})
-    parquet.write_table(table, tmp_path / "set.parquet")
-    loaded = load_images(tmp_path / "set.parquet", (3, 4), 3)
-    kept = [i for i in range(300) if i not in (7, 8)]
-    assert loaded.pixels[:, 0, 0, 0].tolist() == [i % 256 for i in kept]
-    assert loaded.labels is not None
-    assert loaded.labels.tolist() == [i % 5 for i in kept]
-    assert loaded.names[-1] == "set.parquet#299"
-    assert [skipped.name for skipped in loaded.skipped] == ["set.parquet#7", "set.parquet#8"]
-
-
-def test_parquet_without_labels_or_with_missing_ones_has_none(tmp_path: Path) -> None:
-    cells = [encode(ramp())] * 2
-    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "a.parquet")
-    parquet.write_table(pyarrow.table({"image": cells, "label": [1, None]}), tmp_path / "b.parquet")
-    assert load_images(tmp_path / "a.parquet", (6, 8), 3).labels is None
-    assert load_images(tmp_path / "b.parquet", (6, 8), 3).labels is None
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"picture": [b"x"]}, "no column 'image'; the columns are picture"),
-        ({"image": [b"x"], "label": ["cat"]}, "'label' is string"),
-        ({"image": ["text"]}, "no image could be read of 1.*no encoded bytes"),
-    ],
-)
-def test_parquet_that_cannot_be_used_is_refused(columns: dict[str, list[object]], message: str, tmp_path: Path) -> None:
-    parquet.write_table(pyarrow.table(columns), tmp_path / "bad.parquet")
-    with pytest.raises(ImageError, match=message):
-        load_images(tmp_path / "bad.parquet", (2, 2), 3)
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "set.parquet").write_bytes(b"PAR1")
-    with pytest.raises(OptionError, match=r"pip install 'diffense\[parquet\]'"):
-        load_images(tmp_path / "set.parquet", (2, 2), 3)
 
 
 def test_sources_that_do_not_exist_or_are_of_no_known_kind_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from client_repository import CLASSES, MODEL, SHAPE, expect_logits, expect_score
 from diffense.cli import main
 from diffense.errors import OptionError
 from diffense.serve import Endpoints, TritonServer
-from diffense_client.scan import ScanRow, printable, write_csv, write_parquet
+from diffense.text import printable
+from diffense_client.scan import ScanRow, write_csv, write_parquet
 
 Run = Callable[..., tuple[int, str, str]]
 DARK, BRIGHT = 30, 200  # grey levels below and above the served model's threshold

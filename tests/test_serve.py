@@ -15,7 +15,7 @@ from diffense.backends import assemble_backends, check_numpy, find_server, serve
 from diffense.errors import ServeError
 from diffense.ports import choose_ports
 from diffense.serve import TritonServer
-from diffense.serverlog import explain_log
+from diffense.serverlog import STARVED_REASON, explain_log
 from diffense.templates import find_templates
 from repositories import write_plain_model, write_verdict_model
 
@@ -108,7 +108,10 @@ def test_missing_repository_is_named(tmp_path: Path) -> None:
             "model x does not load: contains models that are not available or ambiguous: y",
         ),
         ("error: creating server: Internal - out of things", "Internal - out of things"),
+        ("Signal (11) received.", "Signal (11) received"),
+        ("  what():  boost::interprocess::lock_exception", STARVED_REASON),
         ('2026-01-01T00:00:00Z E 4679 server.cc:241] "CudaDriverHelper has not been initialized."', None),
+        ("x E 1 e.cc:1] unable to create stream for m: CUDA driver version is insufficient for CUDA runtime version", None),
     ],
 )
 def test_log_is_explained(line: str, explanation: str | None) -> None:
@@ -240,7 +243,9 @@ def test_command_serves_and_stops_with_0(tmp_path: Path, number: signal.Signals)
     ports = [str(port) for port in choose_ports("127.0.0.1", [0, 0, 0])]
     options = ["--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]]
     command = [sys.executable, "-m", "diffense", "serve", str(tmp_path / "repository"), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts the background jobs of a script with SIGINT ignored; the command ends all the same.
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    with subprocess.Popen(ignoring, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         shown = []
         for line in process.stdout:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import onnx_models as models
 from diffense.errors import TargetError
+from diffense.fit import default_preprocessing
+from diffense.tapping import open_pooling
 from diffense.taps import FEWEST_TAPS, MOST_TAPS, Tap, choose_taps
 from diffense.target import Target, open_session, run_batched
 
@@ -22,6 +24,7 @@ SMALL: dict[str, Callable[[], onnx.ModelProto]] = {
     "deep_resnet": lambda: models.preact_resnet(blocks=12),
     "vit": models.vit,
     "vit_decomposed_norm": lambda: models.vit(13),
+    "vit_sequence_first": models.vit_sequence_first,
     "convnext": models.convnext,
     "convnext_channels_last": lambda: models.convnext(13, channels_last=True),
     "densenet": models.densenet,
@@ -50,10 +53,10 @@ def test_six_to_ten_taps_of_growing_depth_whose_shapes_are_those_of_a_run(name: 
     whole = target.with_outputs(names)
     cut = target.truncate(names)
     images = images_for(target, 4)
-    full = run_batched(open_session(whole, optimize=False), images, [target.logits, *names], target.batch)
-    short = run_batched(open_session(cut, optimize=False), images, None, target.batch)
+    full = open_session(whole, optimize=False).run([target.logits, *names], {"image": images})
+    short = open_session(cut, optimize=False).run(None, {"image": images})
     for tap, before, after in zip(taps, full[1:], short, strict=True):
-        assert before.shape == (4, *tap.shape)
+        assert before.shape == (*tap.shape[: tap.batch_axis], 4, *tap.shape[tap.batch_axis :])
         assert np.array_equal(before, after)
     (logits,) = run_batched(open_session(target.path, optimize=False), images, None, target.batch)
     assert np.array_equal(full[0], logits)
@@ -113,6 +116,22 @@ def test_transformer_taps_are_tokens_at_the_ends_of_blocks(opset: int, tmp_path:
     assert (class_token.name, class_token.kind, class_token.shape) == ("class_token", "vector", (16,))
     assert (normed.kind, normed.shape) == ("tokens", (17, 16))
     assert sum(tap.kind == "tokens" for tap in target.choose_taps()) >= 5
+
+
+def test_tokens_of_a_sequence_first_transformer_are_those_of_the_same_one_with_the_batch_first(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (11, 16, 16, 3), np.uint8)
+    taps, pooled = [], []
+    for name in ("vit", "vit_sequence_first"):
+        target = Target.open(models.save(SMALL[name](), tmp_path / f"{name}.onnx"))
+        taps.append(target.choose_taps())
+        pooled.append(open_pooling(target, taps[-1], default_preprocessing(target))(images))
+    assert [(tap.kind, tap.shape) for tap in taps[0]] == [(tap.kind, tap.shape) for tap in taps[1]]
+    assert [tap.batch_axis for tap in taps[1]] == [int(tap.kind == "tokens") for tap in taps[1]]
+    assert sum(tap.batch_axis for tap in taps[1]) >= 5
+    (logits, features), (other_logits, other_features) = pooled
+    np.testing.assert_allclose(logits, other_logits, rtol=0, atol=1e-4)
+    for feature, other in zip(features, other_features, strict=True):
+        np.testing.assert_allclose(feature, other, rtol=0, atol=1e-4)
 
 
 def test_maps_with_channels_last_are_told_from_maps_with_channels_second(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,8 +10,7 @@ from onnx import TensorProto, helper
 
 import onnx_models as models
 from diffense.errors import TargetError
-from diffense.graphs import EXTERNAL_TENSOR_BYTES
-from diffense.target import Target, TensorSpec, hash_target, open_session, run_batched, save_graph
+from diffense.target import Target, TensorSpec, hash_target, open_session, run_batched
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 
@@ -222,79 +220,6 @@ def test_operators_of_the_runtime_and_local_functions_are_taken(tmp_path: Path) 
     target = open_model(model, tmp_path)
     assert [tap.shape for tap in target.list_taps()] == [(8, 8, 8), (8, 8, 8), (8,)]
     assert not target.load_graph().functions
-
-
-def test_external_data_is_read_and_is_part_of_the_hash(tmp_path: Path) -> None:
-    path = models.save(models.plain_cnn(), tmp_path / "target.onnx", external="weights.bin")
-    target, images = Target.open(path), pixels(3, 3, 16, 16)
-    (external,) = run_batched(open_session(path), images, None, None)
-    (embedded,) = run_batched(open_session(models.plain_cnn().SerializeToString()), images, None, None)
-    (in_memory,) = run_batched(open_session(target.load_graph()), images, None, None)
-    assert np.array_equal(external, embedded)
-    assert np.array_equal(external, in_memory)
-    assert len(target.choose_taps()) == 7
-    weights = bytearray((tmp_path / "weights.bin").read_bytes())
-    weights[-1] ^= 1
-    (tmp_path / "weights.bin").write_bytes(weights)
-    assert hash_target(path) != target.sha256
-
-
-def test_missing_or_short_external_data_is_named(tmp_path: Path) -> None:
-    path = models.save(models.plain_cnn(), tmp_path / "target.onnx", external="weights.bin")
-    data = tmp_path / "weights.bin"
-    data.write_bytes(data.read_bytes()[:-100])
-    with pytest.raises(TargetError, match=r"tensor 'w\d+' is in 'weights.bin', which has \d+ bytes and needs"):
-        Target.open(path)
-    data.unlink()
-    with pytest.raises(TargetError, match=r"target\.onnx: .*'weights\.bin', which is missing"):
-        Target.open(path)
-
-
-@pytest.mark.parametrize("way", ["dots", "absolute", "link"])
-def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    path = models.save(models.plain_cnn(), folder / "target.onnx", external="weights.bin")
-    outside = (folder / "weights.bin").rename(tmp_path / "weights.bin")
-    if way == "link":
-        (folder / "weights.bin").symlink_to(outside)
-    else:
-        model = onnx.load(path, load_external_data=False)
-        for tensor in model.graph.initializer:
-            entry = next(entry for entry in tensor.external_data if entry.key == "location")
-            entry.value = "../weights.bin" if way == "dots" else str(outside)
-        path.write_bytes(model.SerializeToString())
-    with pytest.raises(TargetError, match="outside the folder"):
-        Target.open(path)
-
-
-def test_save_graph_writes_the_same_bytes_and_leaves_the_model_alone(tmp_path: Path) -> None:
-    target = open_model(models.vit(), tmp_path)
-    for name in ("a", "b"):
-        save_graph(target.load_graph(), tmp_path / f"{name}.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "target.onnx"]
-
-
-def test_save_graph_above_the_threshold_writes_one_data_file(tmp_path: Path) -> None:
-    target = open_model(models.plain_cnn(), tmp_path)
-    graph = target.load_graph()
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        save_graph(graph, tmp_path / name / "tapped.onnx", external_above=1000)
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["tapped.onnx", "tapped.onnx.data"]
-    for file in ("tapped.onnx", "tapped.onnx.data"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    large = [v for v in graph.graph.initializers.values() if v.const_value.nbytes > EXTERNAL_TENSOR_BYTES]
-    assert (tmp_path / "a" / "tapped.onnx.data").stat().st_size == sum(v.const_value.nbytes for v in large)
-    assert not any(isinstance(value.const_value, ir.ExternalTensor) for value in graph.graph.initializers.values())
-    images = pixels(3, 3, 16, 16)
-    expected = run_batched(open_session(target.path), images, None, None)
-    again = run_batched(open_session(tmp_path / "a" / "tapped.onnx"), images, None, None)
-    assert np.array_equal(expected[0], again[0])
-    reopened = Target.open(tmp_path / "a" / "tapped.onnx")
-    save_graph(reopened.load_graph(), tmp_path / "whole.onnx")
-    assert np.array_equal(expected[0], run_batched(open_session(tmp_path / "whole.onnx"), images, None, None)[0])
 
 
 @pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])

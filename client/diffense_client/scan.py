@@ -101,11 +101,6 @@ def write_parquet(rows: Sequence[ScanRow], file: Path) -> None:
         parquet.write_table(pa.Table.from_pylist(records, schema=schema), partial)
 
 
-def printable(text: str) -> str:
-    """Escape what a terminal would act on, or could not show: control characters and undecodable bytes."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
-
-
 def _widen(value: np.float32) -> float:
     """The shortest decimal that means the same float32: 0.01, not 0.009999999776."""
     return float(str(value))

@@ -8,6 +8,7 @@ from typing import Final
 import typer
 
 from diffense.errors import DiffenseError
+from diffense.text import printable
 
 COMMANDS: Final = {
     "fit": "diffense.cli.fit",
@@ -39,13 +40,13 @@ def main() -> None:
     try:
         app()
     except DiffenseError as error:
-        print(f"diffense: {error}", file=sys.stderr)
+        print(f"diffense: {printable(str(error))}", file=sys.stderr)
         sys.exit(ERROR_EXIT)
     except Exception as error:  # a defect of ours: 1 would read as "flagged" in a script
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         kind = type(error).__name__
-        print(f"diffense: unexpected {kind}: {error}; {TRACEBACK_VARIABLE}=1 shows where", file=sys.stderr)
+        print(f"diffense: unexpected {kind}: {printable(str(error))}; {TRACEBACK_VARIABLE}=1 shows where", file=sys.stderr)
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         print("diffense: interrupted", file=sys.stderr)

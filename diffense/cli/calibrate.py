@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from diffense.cli.notes import note_skipped
+
 
 def command(
     guard: Annotated[Path, typer.Argument(help="The guard's folder.")],
@@ -20,8 +22,7 @@ def command(
 
     loaded = Guard.load(guard)
     images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
-    for skipped in images.skipped:
-        Console(stderr=True).print(f"skipped {skipped.name}: {skipped.reason}", markup=False, highlight=False)
+    note_skipped(Console(stderr=True), images)
     place = out or guard
     renewed = recalibrate(loaded, images.pixels, alpha, place)
     low, high = renewed.manifest.false_alarm_interval

@@ -1,8 +1,6 @@
 """`diffense demo`: from nothing to triggered images that a real Triton flags."""
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffense.errors import ServeError
+from diffense.signals import ignore_signals, interrupt_on_signals
 
 if TYPE_CHECKING:
     from diffense.demo.run import Demo
@@ -30,7 +29,7 @@ def command(
     from diffense.demo.stages import Stages
     from diffense.options import parse_names
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_signals()
     stages = Stages(quiet)
     with run_demo(DemoOptions(out, seed, alpha, tuple(parse_names(attacks) or ())), stages) as demo:
         console = Console()
@@ -40,10 +39,11 @@ def command(
         for file in (REPORT_FILE, SUMMARY_FILE):
             console.print(out / file, markup=False, highlight=False, soft_wrap=True)
         if keep:
-            console.print(list_commands(demo, out), markup=False, highlight=False, soft_wrap=True)
             try:
+                console.print(list_commands(demo, out), markup=False, highlight=False, soft_wrap=True)
                 code = demo.server.wait()
             except KeyboardInterrupt:
+                ignore_signals()
                 stages.say("stopping the server")
             else:
                 raise ServeError(f"the server ended by itself with code {code}: {demo.server.explain()}")
@@ -99,7 +99,3 @@ print(prediction.outputs["logits"].argmax(axis=1), prediction.flagged)
 END
 
 Ctrl-C stops the server."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from diffense.cli.notes import note_skipped
+
 
 class Placement(StrEnum):
     """Where the latents are computed."""
@@ -67,8 +69,8 @@ def command(
     loaded = Guard.load(guard, target)
     preprocessing = loaded.preprocessing
     images = load_images(clean, preprocessing.size, preprocessing.channels) if clean else None
-    for skipped in images.skipped if images else ():
-        progress.print(f"skipped {skipped.name}: {skipped.reason}", markup=False)
+    if images is not None:
+        note_skipped(progress, images)
     with progress.status("building and comparing the graphs"):
         report = export_guard(
             loaded,

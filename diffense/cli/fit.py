@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffense.cli.notes import note_skipped
 from diffense.errors import OptionError
 from diffense.options import parse_floats, parse_names, parse_size
 
@@ -78,8 +79,7 @@ def command(
     except ValidationError as error:
         raise OptionError(f"--scale, --mean or --std: {error.errors()[0]['msg']}") from error
     loaded = load_images(images, preprocessing.size, preprocessing.channels)
-    for skipped in loaded.skipped:
-        console.print(f"skipped {skipped.name}: {skipped.reason}", markup=False, highlight=False)
+    note_skipped(console, loaded)
     levels = parse_floats("--sigmas", sigmas)
     if draws % 2 or not levels:
         raise OptionError(f"--draws is {draws} and must be even; --sigmas is {sigmas!r} and must name a level")

@@ -1,7 +1,6 @@
 """`diffense scan`: send images to a guarded model and list what it flags."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,8 +12,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from diffense.cli.notes import note_skipped
 from diffense.errors import OptionError
 from diffense.names import FLAGGED_YES, PASSED, UNSCORED
+from diffense.text import printable
 
 if TYPE_CHECKING:
     from diffense_client.scan import ScanRow
@@ -53,7 +54,7 @@ def command(
     try:
         from diffense_client import GuardClient
         from diffense_client._failures import split_url
-        from diffense_client.scan import printable, scan_images, write_csv, write_parquet
+        from diffense_client.scan import scan_images, write_csv, write_parquet
     except ModuleNotFoundError as error:
         raise OptionError(f"{error.name} is missing; pip install 'diffense[client]'") from error
     from diffense.images import load_images
@@ -64,8 +65,7 @@ def command(
     with GuardClient(url, model, chosen, timeout_s=timeout, batch_size=batch_size) as client:
         wanted = client.describe().preprocessing
         loaded = load_images(images, wanted.size, wanted.channels)
-        for skipped in loaded.skipped:
-            notes.print(Text(f"skipped {printable(skipped.name)}: {printable(skipped.reason)}"))
+        note_skipped(notes, loaded)
         with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
             task = progress.add_task("scanning", total=len(loaded.pixels))
             for batch in scan_images(client, loaded, batch_size):
@@ -84,7 +84,7 @@ def command(
     if as_json:
         notes.print(summary)
     else:
-        _print_table(rows, printable)
+        _print_table(rows)
         typer.echo(summary)
     if flagged:
         raise typer.Exit(FLAGGED_EXIT)
@@ -92,7 +92,7 @@ def command(
         raise typer.Exit(UNSCORED_EXIT)
 
 
-def _print_table(rows: "list[ScanRow]", printable: Callable[[str], str]) -> None:
+def _print_table(rows: "list[ScanRow]") -> None:
     """Print what did not pass, most suspicious first; nothing when all passed."""
     found = sorted((row for row in rows if row.flagged != PASSED), key=lambda row: (row.flagged, row.p_value, row.index))
     if not found:

@@ -7,6 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from diffense.cli.notes import note_skipped
+from diffense.text import printable
 
 SHOWN = 50
 
@@ -24,9 +28,7 @@ def command(
     loaded_guard = Guard.load(guard, target)
     preprocessing = loaded_guard.preprocessing
     images_read = load_images(images, preprocessing.size, preprocessing.channels)
-    errors = Console(stderr=True)
-    for skipped in images_read.skipped:
-        errors.print(f"skipped {skipped.name}: {skipped.reason}", markup=False, highlight=False)
+    note_skipped(Console(stderr=True), images_read)
     scored = loaded_guard.score_all(images_read.pixels)
     rows = [
         {
@@ -41,13 +43,12 @@ def command(
     ]
     if as_json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row))
         return
     flagged = [row for row in rows if row["flagged"]]
     table = Table("image", "label", "score", "p-value")
     for row in flagged[:SHOWN]:
-        name = str(row["path"]).replace("[", "\\[")
-        table.add_row(name, str(row["label"]), f"{row['score']:.3f}", f"{row['p_value']:.4f}")
+        table.add_row(Text(printable(str(row["path"]))), str(row["label"]), f"{row['score']:.3f}", f"{row['p_value']:.4f}")
     console = Console()
     if flagged:
         console.print(table)

@@ -1,9 +1,7 @@
 """`diffense serve`: start Triton on a repository and keep it running."""
 
-import signal
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -11,6 +9,7 @@ from rich.console import Console
 
 from diffense.errors import ServeError
 from diffense.serve import TritonServer
+from diffense.signals import ignore_signals, interrupt_on_signals
 
 
 class ModelControl(StrEnum):
@@ -45,7 +44,7 @@ def command(
         server=server,
         grace_s=grace,
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_signals()
     try:
         with console.status(f"starting Triton on {repository}"):
             endpoints = triton.start(timeout)
@@ -63,13 +62,7 @@ def command(
     except KeyboardInterrupt:
         console.print("stopping: running requests may finish")
     finally:
-        # A second signal must not interrupt the clean-up; the grace bounds it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ignore_signals()
         code = triton.stop()
     if code:
         raise ServeError(f"the server did not stop in order (code {code}); it was ended after {grace} s")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -107,9 +107,9 @@ def split_rows(array: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
 
 
 def find_row_errors(latents: NDArray[np.float32]) -> str | None:
-    """Say which images of a request hold NaN or infinite values, which the latents graph passes on; else None."""
+    """Say which images of a request have latents that are no numbers, as NaN, infinite and huge pixels give; else None."""
     rows = np.flatnonzero(~np.isfinite(latents).all(axis=1))
     if not len(rows):
         return None
     shown = ", ".join(str(row) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
-    return f"image {shown} of the request holds NaN or infinite values (images count from 0)"
+    return f"image {shown} of the request holds NaN, infinite or far too large values (images count from 0)"
