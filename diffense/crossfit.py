@@ -124,13 +124,13 @@ def learn_network(
     return learned.weights if used else None, NetworkReport(used=used, reason=reason, steps=learned.steps, **losses)
 
 
-def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> Matrix:
-    """Log distances of clean originals that fitted neither their chain nor the denoiser: (n_ref, E).
+def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> tuple[Matrix, Matrix]:
+    """Log distances (n_ref, E) and doubt (n_ref, 1) of clean originals that fitted neither their chain nor the denoiser.
 
     Without a network these are all originals, each by its own fold; with one, those of the validation fold.
     """
     originals = np.arange(len(clean.source)) < clean.originals
-    found = []
+    found, doubt = [], []
     step = None if denoise is None else in_float32(denoise)
     for fold, (guidance, chain) in enumerate(crossed.parts):
         if denoise is not None and fold != VALIDATION_FOLD:
@@ -141,4 +141,5 @@ def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, den
         part = replace(formula, guidance=guidance, transform=chain.transform)
         logits = clean.logits[rows]
         found.append(measure(part, logits, clean.latents[rows], one_hot(logits), step, np))
-    return np.concatenate(found)
+        doubt.append(clean.guide(guidance, rows)[0][:, -1:])
+    return np.concatenate(found), np.concatenate(doubt)

@@ -1,7 +1,7 @@
 """From clean images to a guard: `fit_guard` is the list of steps, the rest are the steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,6 +20,7 @@ from diffense.graphs import save_graph
 from diffense.guard import Guard, open_denoiser
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
+from diffense.latent import Whitening
 from diffense.manifest import (
     SCHEMA,
     CleanReport,
@@ -33,8 +34,10 @@ from diffense.manifest import (
 from diffense.names import DENOISER_FILE, TAPPED_FILE
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer
-from diffense.scoring import Formula, fit_surprise, lay_bands
+from diffense.scoring import Formula, allow, fit_allowance, lay_bands
+from diffense.surprise import fit_surprise
 from diffense.tapping import compare_shared, open_pooling, whiten, write_tapped
+from diffense.taps import Tap
 from diffense.target import Target
 
 SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
@@ -108,18 +111,13 @@ def fit_guard(
     settings = settings or FitSettings()
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
-    calibration_size = count_calibration(len(images), settings.alpha)
-    generator = np.random.default_rng(settings.seed)
-    run = open_pooling(target, chosen, preprocessing)
-    logits, pooled = run(images)
-    all_labels = logits.argmax(axis=1)
-    kind = decide_guide(all_labels, target.classes, settings.guide, notify)
-    fit_rows, calibration_rows = split_rows(all_labels, calibration_size, generator)
-    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
-    whitenings, latents = whiten(clean, kind, target.probabilities)
+    prepared = prepare_clean(target, images, chosen, preprocessing, settings, notify)
+    clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
+    all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
+    calibration_size = len(calibration_rows)
     sigmas = spread_sigmas(settings.sigmas, len(chosen))
     latent_set, scorer, weights, network = fit_scorer(
-        clean, latents, kind, target.probabilities, sigmas, settings, generator, report
+        clean, latents, kind, target.probabilities, sigmas, settings, prepared.generator, report
     )
     notify(f"network {'on' if network.used else 'off'}: {network.reason}")
     with write_bundle(out) as folder:
@@ -192,6 +190,55 @@ def fit_guard(
     return Guard.load(out)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Clean images, split and seen through the target's taps; what the scorer is fitted on.
+
+    Attributes:
+        labels: (N,) predicted labels of all clean images.
+        fit_rows, calibration_rows: row numbers, disjoint.
+        clean: logits and pooled features of the rows to fit on, and of their copies.
+        whitenings: of each tap.
+        latents: (n, K d) of the clean set.
+        kind: what guides the latents.
+        generator: the seed's random numbers, as far as they are used up.
+    """
+
+    labels: NDArray[np.int64]
+    fit_rows: NDArray[np.int64]
+    calibration_rows: NDArray[np.int64]
+    clean: CleanSet
+    whitenings: list[Whitening]
+    latents: NDArray[np.float64]
+    kind: Kind
+    generator: np.random.Generator
+
+
+def prepare_clean(
+    target: Target,
+    images: NDArray[np.uint8],
+    taps: Sequence[Tap],
+    preprocessing: Preprocessing,
+    settings: FitSettings,
+    notify: Callable[[str], None],
+) -> Prepared:
+    """Run the target on the clean images, split them, add copies, whiten the taps.
+
+    Raises:
+        TooFewImagesError, OptionError: as `fit_guard`.
+    """
+    calibration_size = count_calibration(len(images), settings.alpha)
+    generator = np.random.default_rng(settings.seed)
+    run = open_pooling(target, taps, preprocessing)
+    logits, pooled = run(images)
+    labels = logits.argmax(axis=1)
+    kind = decide_guide(labels, target.classes, settings.guide, notify)
+    fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
+    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
+    whitenings, latents = whiten(clean, kind, target.probabilities)
+    return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)
+
+
 def default_preprocessing(target: Target) -> Preprocessing:
     """Pixels/255 in the layout of the target's input; raw pixels for uint8 inputs."""
     return Preprocessing(
@@ -248,7 +295,11 @@ def fit_scorer(
         probabilities=probabilities,
     )
     denoise = None if weights is None else open_denoiser(_build_denoiser(weights, sigmas, width, settings))
-    reference = measure_reference(latent_set, crossed, formula, denoise)
+    reference, doubt = measure_reference(latent_set, crossed, formula, denoise)
+    taps = len(sigmas[0])
+    allowance = fit_allowance(reference[:, -taps:], doubt)
+    reference[:, -taps:] = allow(allowance, reference[:, -taps:], doubt, np)
+    formula = replace(formula, allowance=allowance)
     scorer = Scorer(formula, fit_surprise(reference), used, np.zeros(1, np.float32), settings.alpha, network.used)
     return latent_set, scorer, weights, network
 

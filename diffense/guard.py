@@ -17,7 +17,7 @@ from diffense.manifest import Manifest, check_files, read_manifest
 from diffense.names import DENOISER_FILE, GUIDE, LATENTS, MANIFEST_FILE, NOISED, RESIDUAL, SAMPLE, SIGMA, TAPPED_FILE
 from diffense.sampling import Denoise
 from diffense.scorer import Scored, Scorer
-from diffense.scoring import find_surprise
+from diffense.surprise import find_surprise
 
 BLOCK: Final = 256  # images scored at once, so that memory does not grow with the list
 

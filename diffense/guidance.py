@@ -1,13 +1,17 @@
-"""What a latent is guided by: the predicted label, or, where clean images per class are few, the logits in few dimensions.
+"""What a latent is guided by: the predicted label and, beside it, how sure the target is of it.
 
-The guided mean is linear in the guide, ``guide @ slope + bias``, in both cases; so one formula serves both.
+A clean input that the target is not sure of lies between classes, and its latents do too; a guide of the label alone would
+take that for an anomaly (docs/decisions/0003). Where clean images per class are few, the logits in few dimensions stand in
+for the label. The guided mean is linear in the guide, ``guide @ slope + bias``, in both cases; so one formula serves both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from diffense.surprise import Surprise, find_surprise, fit_surprise
 
 Matrix = NDArray[np.float64]
 Kind = Literal["label", "logits"]
@@ -16,6 +20,8 @@ LOGIT_DIRECTIONS: Final = 32  # enough for what logits say about a latent, few e
 FEWEST_PER_CLASS: Final = 5
 LEAST_LOG: Final = -20.0
 LEAST_PROBABILITY: Final = 1e-9  # float32 softmax outputs underflow to 0
+MARGIN_RESOLUTION: Final = 1e-3  # nats; logits of one image differ by less between runtimes
+FAR: Final = 1e9  # taken from the predicted label when the nearest other one is looked for
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,11 @@ class Guidance:
     """How labels and logits become a guided mean.
 
     Attributes:
-        kind: ``label``: the guide is the one-hot label (G = classes); ``logits``: G projected log-probabilities.
-        projection: (C, G) from centred log-probabilities to the guide; only for ``logits``.
-        centre: (C,) mean log-probabilities; only for ``logits``.
+        kind: ``label``: one-hot label, projected square roots of the probabilities, doubt; ``logits``: projected
+            log-probabilities, doubt.
+        projection: (C, P) from centred square roots, or log-probabilities, to P entries of the guide.
+        centre: (C,) what they are centred by.
+        doubt: of the negative margin, one piece.
         slope: (G, W) of the guided mean.
         bias: (W,) of the guided mean.
         means: (C, W) guided mean of each class.
@@ -35,6 +43,7 @@ class Guidance:
     kind: Kind
     projection: Matrix
     centre: Matrix
+    doubt: Surprise
     slope: Matrix
     bias: Matrix
     means: Matrix
@@ -55,12 +64,16 @@ def choose_kind(labels: NDArray[np.int64], classes: int) -> Kind:
     return "label" if np.bincount(labels, minlength=classes).min() >= FEWEST_PER_CLASS else "logits"
 
 
-def fit_projection(logs: Matrix) -> tuple[Matrix, Matrix]:
-    """Principal directions of clean log-probabilities: (n, C) -> (C, G), for a guide of unit variance, and the centre (C,)."""
-    centre = logs.mean(axis=0)
-    _, values, directions = np.linalg.svd(logs - centre, full_matrices=False)
-    kept = min(LOGIT_DIRECTIONS, int(np.sum(values > 1e-6 * values[0])), max(1, len(logs) // 4))
-    return directions[:kept].T / (values[:kept] / np.sqrt(len(logs))), centre
+def fit_projection(view: Matrix, kind: Kind) -> tuple[Matrix, Matrix]:
+    """Principal directions of what the target says of clean images: (n, C) -> (C, P), and the centre (C,).
+
+    Log-probabilities get unit variance; square roots of probabilities keep theirs, of which most classes have next to none.
+    """
+    centre = view.mean(axis=0)
+    _, values, directions = np.linalg.svd(view - centre, full_matrices=False)
+    kept = min(LOGIT_DIRECTIONS, max(1, int(np.sum(values > 1e-6 * values[0]))), max(1, len(view) // 4))
+    scale = values[:kept] / np.sqrt(len(view)) if kind == "logits" else np.ones(kept)
+    return directions[:kept].T / np.maximum(scale, 1e-12), centre
 
 
 def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: bool, like: Guidance | None = None) -> Guidance:
@@ -71,27 +84,40 @@ def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: boo
         logits: (n, C) the target's logits output.
         kind: which guide.
         probabilities: whether that output is already a softmax.
-        like: take the projection of this one, so that folds of one data set share their guide.
+        like: take projection and doubt of this one, so that folds of one data set share their guide.
     """
-    classes = logits.shape[1]
-    labels = logits.argmax(axis=1)
-    counts = np.bincount(labels, minlength=classes)
-    overall = latents.mean(axis=0)
-    if kind == "label":
-        sums = np.zeros((classes, latents.shape[1]))
-        np.add.at(sums, labels, latents)
-        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], overall)
-        none = np.zeros((classes, 0))
-        return Guidance(kind, none, np.zeros(classes), means, np.zeros(latents.shape[1]), means, counts > 0)
+    size, classes = latents.shape[1], logits.shape[1]
+    hot = one_hot(logits)
+    counts = hot.sum(axis=0)
     logs = normalise_logits(logits, probabilities, np)
-    projection, centre = (like.projection, like.centre) if like else fit_projection(logs)
-    guide = (logs - centre) @ projection
-    # Ridge with one observation's weight per direction: the guide has unit variance, so this only steadies small samples.
-    slope = np.linalg.solve(guide.T @ guide + np.eye(guide.shape[1]), guide.T @ (latents - overall))
-    typical = np.zeros((classes, guide.shape[1]))
-    np.add.at(typical, labels, guide)
-    typical /= np.maximum(counts, 1)[:, None]
-    return Guidance(kind, projection, centre, slope, overall, typical @ slope + overall, counts > 0)
+    projection, centre = (like.projection, like.centre) if like else fit_projection(_view(logs, kind, np), kind)
+    doubt = like.doubt if like else fit_surprise(-find_margin(logs, hot, np), MARGIN_RESOLUTION)
+    overall = latents.mean(axis=0)
+    # Class means of latents and of the rest of the guide; the rest explains what is left of both (Frisch and Waugh 1933).
+    means = average_by_label(latents, hot, overall)
+    none = np.zeros((0, size))
+    bare = Guidance(kind, projection, centre, doubt, none, np.zeros(size), means, counts > 0)
+    guide = guide_by(bare, logits, hot, probabilities, np)
+    if kind == "label":
+        rest = guide[:, classes:]
+        usual = average_by_label(rest, hot, rest.mean(axis=0))
+        slope = _fit_slope(rest - hot @ usual, latents - hot @ means)
+        return replace(bare, slope=np.concatenate([means - usual @ slope, slope]))
+    slope = _fit_slope(guide - guide.mean(axis=0), latents - overall)
+    bias = overall - guide.mean(axis=0) @ slope
+    typical = average_by_label(guide, hot, guide.mean(axis=0))
+    return replace(bare, slope=slope, bias=bias, means=typical @ slope + bias)
+
+
+def _fit_slope(guide: Matrix, latents: Matrix) -> Matrix:
+    # Ridge with one observation's weight per direction: it only steadies small samples.
+    return np.asarray(np.linalg.solve(guide.T @ guide + np.eye(guide.shape[1]), guide.T @ latents))
+
+
+def average_by_label(rows: Matrix, hot: Matrix, overall: Matrix) -> Matrix:
+    """(n, W) rows and (n, C) one-hot labels -> (C, W) class means; `overall` for classes without rows."""
+    counts = hot.sum(axis=0)[:, None]
+    return np.where(counts > 0, hot.T @ rows / np.maximum(counts, 1), overall)
 
 
 def one_hot(logits: Matrix) -> Matrix:
@@ -101,11 +127,27 @@ def one_hot(logits: Matrix) -> Matrix:
     return hot
 
 
+def find_margin(logs: Any, label: Any, xp: Any) -> Any:
+    """(N, C) log-probabilities and one-hot label -> (N, 1), how far the predicted label is ahead of the next, in nats."""
+    own = xp.sum(logs * label, axis=1)
+    return xp.reshape(own - xp.amax(logs - FAR * label, axis=1), (-1, 1))
+
+
 def guide_by(guidance: Guidance, logits: Any, label: Any, probabilities: bool, xp: Any) -> Any:
-    """(N, C) logits and (N, C) one-hot label -> (N, G) guide."""
-    if guidance.kind == "label":
-        return label
-    return (normalise_logits(logits, probabilities, xp) - guidance.centre) @ guidance.projection
+    """(N, C) logits and (N, C) one-hot label -> (N, G) guide; its last entry is the doubt.
+
+    The doubt is ``-log p`` of the margin among clean images: 0 where the target is sure, the larger the less clean images it
+    is less sure of.
+    """
+    logs = normalise_logits(logits, probabilities, xp)
+    projected = (_view(logs, guidance.kind, xp) - guidance.centre) @ guidance.projection
+    doubt = find_surprise(guidance.doubt, find_margin(logs, label, xp) * -1.0, xp)
+    parts = [label, projected, doubt] if guidance.kind == "label" else [projected, doubt]
+    return xp.concatenate(parts, axis=1)
+
+
+def _view(logs: Any, kind: Kind, xp: Any) -> Any:
+    return xp.exp(logs * 0.5) if kind == "label" else logs
 
 
 def split_mean(guidance: Guidance, latents: Matrix, logits: Matrix, probabilities: bool) -> tuple[Matrix, Matrix]:

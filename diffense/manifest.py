@@ -10,7 +10,8 @@ from diffense.errors import SchemaError, TamperedError
 from diffense.images import Preprocessing
 from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+MOST_BATCH: Final = 65_536
 MOST_MANIFEST_BYTES: Final = 64 * 2**20  # a manifest of ten thousand classes is below 1 MB
 
 
@@ -93,7 +94,7 @@ class Manifest(Part):
     logits: str
     probabilities: bool
     classes: int = Field(ge=2)
-    batch: int | None
+    batch: int | None = Field(ge=1, le=MOST_BATCH)
     preprocessing: Preprocessing
     taps: tuple[TapEntry, ...]
     tap_width: int = Field(ge=1)
@@ -103,7 +104,7 @@ class Manifest(Part):
     denoiser: DenoiserEntry
     network: NetworkReport
     clean: CleanReport
-    alpha: float
+    alpha: float = Field(gt=0, lt=1)
     calibration_size: int
     false_alarm_interval: tuple[float, float]
     shared_exact: bool
@@ -128,6 +129,8 @@ def read_manifest(folder: Path) -> Manifest:
         head = _Head.model_validate_json(text)
     except ValidationError as error:
         raise SchemaError(f"{path} is not a manifest of Diffense ({_first(error)}); fit the guard again") from error
+    if head.schema_version < SCHEMA:
+        raise SchemaError(f"{path} has schema version {head.schema_version}, of an older Diffense; fit the guard again")
     if head.schema_version > SCHEMA:
         raise SchemaError(
             f"{path} has schema version {head.schema_version}, this Diffense reads {SCHEMA}; install a newer Diffense"

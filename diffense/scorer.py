@@ -17,16 +17,16 @@ from diffense.manifest import Manifest, check_files, read_manifest
 from diffense.names import ARRAYS_FILE, FLAGGED_YES, PASSED
 from diffense.sampling import Denoise, in_float32
 from diffense.scoring import (
+    Allowance,
     Evidence,
     Formula,
-    Surprise,
     combine,
-    find_surprise,
     lay_bands,
     list_evidence,
     measure,
     weigh_evidence,
 )
+from diffense.surprise import Surprise, find_surprise
 
 
 class Scored(NamedTuple):
@@ -130,10 +130,16 @@ class Scorer:
 def pack_scorer(scorer: Scorer) -> bytes:
     """The scorer's arrays as a safetensors file, the same bytes for the same scorer."""
     guidance, formula = scorer.formula.guidance, scorer.formula
+    allowance = formula.allowance or Allowance(*np.zeros((2, 2, formula.means.shape[1])))
     arrays: dict[str, NDArray[Any]] = {
         "projection": guidance.projection,
         "centre": guidance.centre,
+        "slope": guidance.slope,
         "bias": guidance.bias,
+        "doubt_knots": guidance.doubt.knots,
+        "doubt_slopes": guidance.doubt.slopes,
+        "allowance_mean": allowance.mean,
+        "allowance_spread": allowance.spread,
         "means": guidance.means,
         "seen": guidance.seen.astype(np.uint8),
         "transform": formula.transform,
@@ -144,8 +150,6 @@ def pack_scorer(scorer: Scorer) -> bytes:
         "used": scorer.used.astype(np.uint8),
         "calibration": scorer.calibration,
     }
-    if guidance.kind == "logits":
-        arrays["slope"] = guidance.slope
     floats = {k: v if v.dtype == np.uint8 else v.astype(np.float32) for k, v in arrays.items()}
     return save({k: np.ascontiguousarray(v) for k, v in sorted(floats.items())})
 
@@ -154,7 +158,7 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     """Arrays of `pack_scorer` and the manifest -> scorer; statistics in float64 from here on.
 
     Raises:
-        KeyError, ValueError: an array is missing or has a wrong shape.
+        KeyError, ValueError: an array is missing, has a wrong shape, or holds what no fit writes.
     """
     wide = {k: v.astype(np.float64) for k, v in arrays.items() if v.dtype == np.float32}
     size, classes = manifest.latent_dim, manifest.classes
@@ -162,19 +166,29 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     if size != manifest.tap_width * len(manifest.taps):
         raise ValueError(f"{len(manifest.taps)} taps of width {manifest.tap_width} do not make {size} latents")
     shapes = {
+        "slope": (manifest.denoiser.guide, size),
         "bias": (size,),
+        "allowance_mean": (2, len(manifest.taps)),
+        "allowance_spread": (2, len(manifest.taps)),
         "means": (classes, size),
+        "seen": (classes,),
+        "used": (size,),
         "transform": (size, size),
         "noise": (manifest.denoiser.rows, size),
     }
     for name, shape in shapes.items():
-        if wide[name].shape != shape:
-            raise ValueError(f"{name} has shape {wide[name].shape}, not {shape}")
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+    broken = [name for name, array in wide.items() if not np.isfinite(array).all()]
+    calibration = arrays["calibration"]
+    if broken or calibration.ndim != 1 or not len(calibration) or (np.diff(calibration) < 0).any():
+        raise ValueError(f"{(broken or ['calibration'])[0]} holds what no fit writes")
     guidance = Guidance(
         manifest.clean.guide,
         wide["projection"],
         wide["centre"],
-        wide["means"] if manifest.clean.guide == "label" else wide["slope"],
+        Surprise(wide["doubt_knots"], wide["doubt_slopes"]),
+        wide["slope"],
         wide["bias"],
         wide["means"],
         arrays["seen"].astype(bool),
@@ -190,6 +204,10 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
         manifest.tap_width,
         sampling.data_guidance,
         manifest.probabilities,
+        Allowance(wide["allowance_mean"], wide["allowance_spread"]),
     )
     surprise = Surprise(wide["knots"], wide["slopes"])
-    return Scorer(formula, surprise, used, arrays["calibration"], manifest.alpha, manifest.network.used)
+    scorer = Scorer(formula, surprise, used, calibration, manifest.alpha, manifest.network.used)
+    if surprise.knots.shape != surprise.slopes.shape or len(surprise.knots) != len(scorer.evidence):
+        raise ValueError(f"knots of {len(surprise.knots)} pieces of evidence, not {len(scorer.evidence)}")
+    return scorer

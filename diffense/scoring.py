@@ -12,14 +12,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.guidance import Guidance, guide_by
+from diffense.guidance import FAR, Guidance, guide_by
 from diffense.sampling import Denoise, sample
 
 BAND_EDGES: Final = (0, 4, 8, 16, 32, 64)  # fine where the error varies least: the signal sits in a few directions
-FAR: Final = 1e9  # added to the distance of a class that must not be the nearest other
 TINY: Final = 1e-9  # keeps the logarithm of a distance finite
-QUANTILES: Final = tuple(np.linspace(0.0, 0.9, 10))
-TAIL: Final = 0.1  # share of clean images above the last knot
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,16 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Surprise:
-    """Piecewise linear map from log distance to ``-log p`` on clean images, one for each piece of evidence.
+class Allowance:
+    """The log mismatch that clean inputs of a doubt show: mean ``a + b doubt`` and spread ``exp(c + e doubt)``, per tap.
 
     Attributes:
-        knots: (E, J) log distances.
-        slopes: (E, J) change of slope at each knot; ``h(x) = sum_j slopes_j max(x - knots_j, 0)``.
+        mean: (2, K) a and b.
+        spread: (2, K) c and e.
     """
 
-    knots: NDArray[np.float64]
-    slopes: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class Formula:
         width: d.
         data_guidance: weight of `sampling.pull`.
         probabilities: whether the logits output is a softmax.
+        allowance: for the mismatch of doubtful inputs; None before it is fitted.
     """
 
     guidance: Guidance
@@ -77,6 +75,7 @@ class Formula:
     width: int
     data_guidance: float
     probabilities: bool
+    allowance: Allowance | None = None
 
     @cached_property
     def means(self) -> NDArray[np.float64]:
@@ -129,17 +128,23 @@ def measure(formula: Formula, logits: Any, latents: Any, label: Any, denoise: De
         xp: array namespace.
 
     Returns:
-        (N, E) log distances.
+        (N, E) log distances; those of the mismatch in units of what clean inputs of equal doubt show.
     """
     guide = guide_by(formula.guidance, logits, label, formula.probabilities, xp)
     residual = latents - (guide @ formula.guidance.slope + formula.guidance.bias)
-    strange = measure_strangeness(formula, residual, guide, denoise, xp)
-    mismatch = measure_mismatch(formula, latents, label, xp)
-    return xp.log(xp.concatenate([strange, mismatch], axis=1) + TINY)
+    strange = xp.log(measure_strangeness(formula, residual, guide, denoise, xp) + TINY)
+    mismatch = xp.log(measure_mismatch(formula, latents, label, xp) + TINY)
+    if formula.allowance is not None:
+        doubt = guide @ np.eye(len(formula.guidance.slope))[:, -1:]
+        mismatch = allow(formula.allowance, mismatch, doubt, xp)
+    return xp.concatenate([strange, mismatch], axis=1)
 
 
 def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: Denoise | None, xp: Any) -> Any:
-    """Mean squared distance of the innovation to its sample, per level and band: (N, W), (N, G) -> (N, L B)."""
+    """Mean squared distance of the innovation to the mean of its samples, per level and band: (N, W), (N, G) -> (N, L B).
+
+    The mean of antithetic draws is free of the noise as far as the denoiser is linear (docs/decisions/0004).
+    """
     size = formula.transform.shape[1]
     innovation = residual @ formula.transform
     if denoise is None:
@@ -157,9 +162,9 @@ def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: De
         data_guidance=formula.data_guidance,
         xp=xp,
     )
-    error = samples - xp.reshape(innovation, (-1, 1, size))
-    squared = xp.mean(xp.reshape(error * error, (-1, levels, formula.draws, size)), axis=2)
-    return xp.reshape(squared @ formula.bands, (-1, levels * formula.bands.shape[1]))
+    centre = xp.mean(xp.reshape(samples, (-1, levels, formula.draws, size)), axis=2)
+    error = centre - xp.reshape(innovation, (-1, 1, size))
+    return xp.reshape((error * error) @ formula.bands, (-1, levels * formula.bands.shape[1]))
 
 
 def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any:
@@ -175,28 +180,24 @@ def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any
     return xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
 
 
-def fit_surprise(log_distances: NDArray[np.float64]) -> Surprise:
-    """Fit ``-log p`` on clean images: empirical up to the 90th percentile, an exponential tail above it.
-
-    Args:
-        log_distances: (n, E) of clean images that did not fit the chain or the denoiser.
-    """
-    knots = np.quantile(log_distances, QUANTILES, axis=0).T  # (E, J)
-    steps = np.maximum(np.diff(knots, axis=1), 1e-6)
-    knots = np.concatenate([knots[:, :1], knots[:, :1] + np.cumsum(steps, axis=1)], axis=1)
-    heights = -np.log(1.0 - np.array(QUANTILES))
-    excess = np.maximum(log_distances - knots[:, -1], 0.0).sum(axis=0) / max(1.0, TAIL * len(log_distances))
-    slope = np.diff(heights) / steps
-    tail = 1.0 / np.maximum(excess, 1e-3)
-    slope = np.concatenate([slope, tail[:, None]], axis=1)
-    return Surprise(knots, np.diff(slope, axis=1, prepend=0.0))
+def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64]) -> Allowance:
+    """Fit mean and spread of the log mismatch as lines in the doubt: (n, K) and (n, 1) of clean images."""
+    mean = _fit_lines(log_mismatch, doubt)
+    rest = np.abs(log_mismatch - (mean[0] + doubt * mean[1]))
+    return Allowance(mean, _fit_lines(np.log(rest + 1e-3), doubt))
 
 
-def find_surprise(surprise: Surprise, log_distances: Any, xp: Any) -> Any:
-    """(N, E) log distances -> (N, E) ``-log p``, zero for what is nearer than any clean image."""
-    pieces = surprise.knots.shape[0]
-    above = xp.maximum(xp.reshape(log_distances, (-1, pieces, 1)) - surprise.knots, 0.0)
-    return xp.sum(above * surprise.slopes, axis=2)
+def _fit_lines(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(2, K) intercepts and slopes; the slope is held back by ten observations' weight, which only small samples feel."""
+    centred = x - x.mean()
+    slope = (centred * y).sum(axis=0) / ((centred**2).sum() + 10.0)
+    return np.stack([y.mean(axis=0) - slope * x.mean(), slope])
+
+
+def allow(allowance: Allowance, log_mismatch: Any, doubt: Any, xp: Any) -> Any:
+    """(N, K) log mismatch and (N, 1) doubt -> (N, K) deviation from clean inputs of equal doubt, in their spread."""
+    deviation = log_mismatch - (doubt * allowance.mean[1:] + allowance.mean[:1])
+    return deviation * xp.exp((doubt * allowance.spread[1:] + allowance.spread[:1]) * -1.0)
 
 
 def weigh_evidence(evidence: list[Evidence]) -> NDArray[np.float64]:

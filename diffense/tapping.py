@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from diffense.clean import CleanSet, Run
 from diffense.graphs import open_session, run_batched, save_graph
-from diffense.guidance import Kind, fit_guidance, split_mean
+from diffense.guidance import Kind, average_by_label, fit_guidance, one_hot, split_mean
 from diffense.images import Preprocessing
 from diffense.latent import Whitening, append_latents, append_pooling, fit_whitening
 from diffense.taps import Tap
@@ -19,8 +19,7 @@ from diffense.target import Target
 def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessing) -> Run:
     """Give a function from pixels to float64 logits and pooled features of each tap."""
     model = target.load_graph()
-    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
-    pooled = append_pooling(model.graph, taps, [values[tap.name] for tap in taps])
+    pooled = _pool(model.graph, taps)
     for value in pooled:
         value.dtype = ir.DataType.FLOAT
         if not value.is_graph_output():
@@ -35,12 +34,32 @@ def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessi
     return run
 
 
+def _pool(graph: ir.Graph, taps: Sequence[Tap]) -> list[ir.Value]:
+    """Append the pooling of the taps, each with the batch brought to the front."""
+    values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+    fronted = []
+    for tap in taps:
+        value = values[tap.name]
+        if tap.batch_axis:
+            node = ir.node("Transpose", [value], {"perm": [1, 0, 2]}, name=f"diffense/batch_first/{tap.name}")
+            node.outputs[0].name = node.name
+            graph.append(node)
+            value = node.outputs[0]
+        fronted.append(value)
+    return append_pooling(graph, taps, fronted)
+
+
 def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[Whitening], NDArray[np.float64]]:
     """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap."""
     whitenings = []
+    hot = one_hot(clean.logits)
     for pooled in clean.pooled:
-        guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
-        whitenings.append(fit_whitening(pooled, split_mean(guidance, pooled, clean.logits, probabilities)[1]))
+        if kind == "label":  # not the doubt: directions that doubt explains away here would be blown up for sure inputs
+            centred = pooled - hot @ average_by_label(pooled, hot, pooled.mean(axis=0))
+        else:
+            guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
+            centred = split_mean(guidance, pooled, clean.logits, probabilities)[1]
+        whitenings.append(fit_whitening(pooled, centred))
     width = max(w.directions.shape[1] for w in whitenings)
     latents = np.zeros((len(clean.source), len(whitenings) * width))
     for tap, (pooled, w) in enumerate(zip(clean.pooled, whitenings, strict=True)):
@@ -51,8 +70,7 @@ def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[White
 def write_tapped(target: Target, taps: Sequence[Tap], whitenings: Sequence[Whitening], width: int, path: Path) -> None:
     """Write the whole target with the latents as one more output."""
     model = target.load_graph()
-    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
-    pooled = append_pooling(model.graph, taps, [values[tap.name] for tap in taps])
+    pooled = _pool(model.graph, taps)
     append_latents(model.graph, pooled, whitenings, width, target)
     save_graph(model, path)
 

@@ -20,11 +20,8 @@ from diffense.sampling import draw_noise, in_float32, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import (
     BAND_EDGES,
-    QUANTILES,
     Formula,
     combine,
-    find_surprise,
-    fit_surprise,
     lay_bands,
     list_evidence,
     measure,
@@ -32,6 +29,7 @@ from diffense.scoring import (
     measure_strangeness,
     weigh_evidence,
 )
+from diffense.surprise import QUANTILES, find_surprise, fit_surprise
 from diffense.tapping import whiten
 from latent_sets import draw_rows, draw_weights, make_set
 
@@ -71,7 +69,7 @@ def test_the_untrained_network_orders_inputs_as_the_closed_form_chain(
             assert slope == pytest.approx((sigma**2 / (1 + sigma**2)) ** 2, rel=1e-4)
 
 
-def test_strangeness_is_the_mean_over_draws_and_band_of_squared_distances() -> None:
+def test_strangeness_is_the_squared_distance_to_the_mean_of_the_draws() -> None:
     sigmas = [[0.3, 0.5, 2.0], [1.0, 1.0, 1.0]]
     formula, weights = make_formula(sigmas=sigmas), draw_weights(TAPS, WIDTH, CLASSES)
     step = partial(denoise, weights, shape=(8, TAPS, WIDTH), label_guidance=1.0, xp=np)
@@ -83,10 +81,11 @@ def test_strangeness_is_the_mean_over_draws_and_band_of_squared_distances() -> N
         u = residual[image] @ formula.transform
         for level, sigma in enumerate(np.array(sigmas)):
             noised = u + formula.noise[4 * level : 4 * level + 4] * np.repeat(sigma, WIDTH)
-            errors = np.array([(alone(row[None, None], sigma[None, None], *context)[0, 0] - u) ** 2 for row in noised])
+            samples = np.array([alone(row[None, None], sigma[None, None], *context)[0, 0] for row in noised])
+            errors = (samples.mean(axis=0) - u) ** 2
             for column, (tap, band) in enumerate(NAMES):
                 low, high = (min(edge, WIDTH) + tap * WIDTH for edge in BAND_EDGES[band : band + 2])
-                assert found[image, level * len(NAMES) + column] == pytest.approx(errors[:, low:high].mean(), rel=1e-4)
+                assert found[image, level * len(NAMES) + column] == pytest.approx(errors[low:high].mean(), rel=1e-4)
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any))
@@ -235,7 +234,7 @@ def test_surprises_of_fresh_clean_latents_are_as_those_of_the_reference() -> Non
     clean = make_set(latents[:400], logits[:400], WIDTH)
     whole = clean.fit_linear(np.ones(400, bool))
     formula = replace(make_formula(), guidance=whole[0], transform=whole[1].transform)
-    reference = measure_reference(clean, cross_fit(clean, whole, np.random.default_rng(0)), formula, None)
+    reference, _ = measure_reference(clean, cross_fit(clean, whole, np.random.default_rng(0)), formula, None)
     fresh = measure(formula, logits[400:], latents[400:], one_hot(logits[400:]), None, np)
     exceeded = np.mean(find_surprise(fit_surprise(reference), fresh, np) >= -np.log(0.1), axis=0)
     np.testing.assert_allclose(exceeded, 0.1, atol=0.06)  # four standard errors of 400 and 1,100 rows

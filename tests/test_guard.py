@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from scipy.stats import binom, kstest
 
 import onnx_models
@@ -13,6 +15,7 @@ from diffense.bundle import recalibrate, write_bundle
 from diffense.errors import BundleError, ImageError, SchemaError, TamperedError, TooFewImagesError, WrongTargetError
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
+from diffense.manifest import SCHEMA
 from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
 from diffense.target import Target
 from shapes import draw_shapes, fit_shape_classifier
@@ -142,7 +145,7 @@ def test_a_manifest_that_lists_no_files_is_refused(bundle):
 
 def test_a_newer_schema_is_refused_with_both_versions(bundle):
     change_manifest(bundle, schema_version=99, something_new=1)
-    with pytest.raises(SchemaError, match=r"99.* 1;"):
+    with pytest.raises(SchemaError, match=rf"99.* {SCHEMA};"):
         Guard.load(bundle)
 
 
@@ -163,6 +166,46 @@ def test_a_broken_manifest_is_refused(bundle, text):
 def test_sizes_that_do_not_fit_the_arrays_are_refused(bundle, changes):
     change_manifest(bundle, **changes)
     with pytest.raises(BundleError):
+        Guard.load(bundle)
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 0}, {"alpha": 1.5}, {"batch": 0}, {"batch": 10**12}])
+def test_numbers_that_make_no_sense_are_refused_by_name(bundle, changes):
+    change_manifest(bundle, **changes)
+    with pytest.raises(SchemaError, match=next(iter(changes))):
+        Guard.load(bundle)
+
+
+def spoil_nan(array):
+    return np.where(np.arange(array.size).reshape(array.shape) == 0, np.nan, array).astype(array.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("calibration", spoil_nan),
+        ("calibration", lambda array: array[:0]),
+        ("calibration", lambda array: array[::-1].copy()),
+        ("transform", spoil_nan),
+        ("knots", lambda array: array[1:]),
+        ("seen", lambda array: array[1:]),
+        ("allowance_mean", lambda array: array[:, 1:].copy()),
+        ("doubt_slopes", spoil_nan),
+    ],
+)
+def test_arrays_that_no_fit_writes_are_refused_although_their_hash_fits(bundle, name, spoil):
+    arrays = load_file(bundle / ARRAYS_FILE)
+    arrays[name] = np.ascontiguousarray(spoil(arrays[name]))
+    save_file(arrays, bundle / ARRAYS_FILE)
+    files = json.loads((bundle / MANIFEST_FILE).read_text())["files"]
+    change_manifest(bundle, files=files | {ARRAYS_FILE: hashlib.sha256((bundle / ARRAYS_FILE).read_bytes()).hexdigest()})
+    with pytest.raises(TamperedError, match=ARRAYS_FILE):
+        Guard.load(bundle)
+
+
+def test_an_older_schema_asks_for_a_new_fit(bundle):
+    change_manifest(bundle, schema_version=SCHEMA - 1)
+    with pytest.raises(SchemaError, match="fit the guard again"):
         Guard.load(bundle)
 
 

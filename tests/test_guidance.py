@@ -51,9 +51,36 @@ def test_label_guidance_is_the_class_mean_and_the_overall_mean_for_classes_never
     np.testing.assert_allclose(guidance.means[3], latents.mean(axis=0))
     assert guidance.seen.tolist() == [True, True, True, False]
     guide, residual = split_mean(guidance, latents, logits, False)
-    assert np.array_equal(guide, np.eye(4)[labels])
-    np.testing.assert_allclose(residual, latents - guidance.means[labels])
+    assert np.array_equal(guide[:, :4], np.eye(4)[labels])
+    centred = guide[:, 4:] - np.stack([guide[labels == label, 4:].mean(axis=0) for label in range(3)])[labels]
+    rest = latents - guidance.means[labels]
+    ridge = np.linalg.solve(centred.T @ centred + np.eye(centred.shape[1]), centred.T @ rest)
+    np.testing.assert_allclose(residual, rest - centred @ ridge, atol=1e-9)
     np.testing.assert_allclose([residual[labels == label].mean() for label in range(3)], 0, atol=1e-12)
+
+
+def test_doubt_is_the_surprise_of_the_margin() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.exponential(4.0, 2000)
+    logits = np.stack([margins, np.zeros(2000), np.full(2000, -30.0)], axis=1)
+    guidance = fit_guidance(rng.normal(size=(2000, 3)), logits, "label", False)
+    asked = np.array([0.4, 2.0, 8.0])
+    guide = guide_by(guidance, np.stack([asked, 0 * asked, 0 * asked - 30], axis=1), np.eye(3)[[0, 0, 0]], False, np)
+    np.testing.assert_allclose(guide[:, -1], [-np.log(np.mean(margins <= margin)) for margin in asked], atol=0.12)
+    swapped = guide_by(guidance, np.array([[0.0, 8.0, -30.0]]), np.eye(3)[[1]], False, np)
+    assert swapped[0, -1] == pytest.approx(guide[2, -1])
+
+
+def test_what_lies_between_two_classes_is_explained_where_the_target_is_in_doubt() -> None:
+    rng = np.random.default_rng(0)
+    place = rng.uniform(0, 1, 3000)  # from class 0 to class 1
+    ends = np.array([[-3.0, 0.0], [3.0, 1.0]])
+    latents = ends[0] + place[:, None] * (ends[1] - ends[0]) + rng.normal(0, 0.1, (3000, 2))
+    logits = np.stack([0.5 - place, place - 0.5], axis=1) * 12
+    guidance = fit_guidance(latents, logits, "label", False)
+    _, residual = split_mean(guidance, latents, logits, False)
+    by_label = latents - guidance.means[logits.argmax(axis=1)]
+    assert np.mean(residual**2) < 0.4 * np.mean(by_label**2)
 
 
 def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> None:
@@ -70,8 +97,8 @@ def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> Non
     assert np.bincount(logits.argmax(axis=1), minlength=1000).min() < FEWEST_PER_CLASS
     guidance = fit_guidance(latents, logits, "logits", False)
     guide, _ = split_mean(guidance, latents, logits, False)
-    assert guide.shape[1] <= LOGIT_DIRECTIONS
-    np.testing.assert_allclose(guide.std(axis=0), 1, rtol=1e-6)
+    assert guide.shape[1] <= LOGIT_DIRECTIONS + 1
+    np.testing.assert_allclose(guide[:, :-1].std(axis=0), 1, rtol=1e-6)
     fresh, fresh_logits = draw(500, 2)
     _, residual = split_mean(guidance, fresh, fresh_logits, False)
     assert np.mean(residual**2) < 0.1 * np.mean((fresh - latents.mean(axis=0)) ** 2)
@@ -89,7 +116,7 @@ def test_folds_take_the_projection_of_the_whole() -> None:
     latents, logits = draw_rows(60, 6, 2, 3, seed=0)
     whole = fit_guidance(latents, logits, "logits", False)
     part = fit_guidance(latents[::2], logits[::2], "logits", False, like=whole)
-    assert part.projection is whole.projection and part.centre is whole.centre
+    assert part.projection is whole.projection and part.centre is whole.centre and part.doubt is whole.doubt
     assert not np.allclose(part.slope, whole.slope)
 
 

@@ -165,8 +165,9 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
     bands, names = lay_bands(clean.used, 8)
     noise, ladder = np.zeros((2, 24)), lay_ladder(np.full((1, 3), 0.3), 1)
     formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, 8, 0.0, False)
-    reference = measure_reference(clean, crossed, formula, None)
+    reference, doubt = measure_reference(clean, crossed, formula, None)
     assert reference.shape == (rows, len(list_evidence(names, 1, 3)))
+    assert doubt.shape == (rows, 1) and (doubt >= 0).all()
     own = clean.guide(whole[0], np.ones(rows, bool))[1] @ whole[1].transform
     fresh_set = make_set(*draw_rows(2000, CLASSES, 3, 8, seed=1), 8, kind)
     fresh = fresh_set.guide(whole[0], np.ones(2000, bool))[1] @ whole[1].transform
@@ -189,8 +190,8 @@ def test_with_a_network_only_the_held_out_fold_is_measured() -> None:
         seen.append(residual)
         return noised
 
-    reference = measure_reference(clean, crossed, formula, step)
+    reference, doubt = measure_reference(clean, crossed, formula, step)
     held_out = crossed.folds == 0
-    assert len(reference) == held_out.sum() == 20
+    assert len(reference) == len(doubt) == held_out.sum() == 20
     expected = clean.guide(crossed.parts[0][0], held_out)[1]
     np.testing.assert_allclose(np.concatenate(seen), expected, rtol=1e-5, atol=1e-6)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,16 +8,18 @@ from hypothesis.extra.numpy import arrays
 
 from diffense.guidance import Guidance, one_hot
 from diffense.scoring import (
+    Allowance,
     Formula,
+    allow,
     combine,
-    find_surprise,
-    fit_surprise,
+    fit_allowance,
     lay_bands,
     list_evidence,
     measure,
     measure_mismatch,
     weigh_evidence,
 )
+from diffense.surprise import Surprise, find_surprise, fit_surprise
 
 CLASSES, TAPS, WIDTH = 5, 3, 8
 SIZE = TAPS * WIDTH
@@ -25,7 +29,9 @@ RNG = np.random.default_rng(0)
 
 def make_formula(seen=(True,) * CLASSES, used=EVERY_ENTRY):
     means = RNG.normal(size=(CLASSES, SIZE)) * used
-    guidance = Guidance("label", np.zeros((CLASSES, 0)), np.zeros(CLASSES), means, np.zeros(SIZE), means, np.array(seen))
+    slope = np.concatenate([means, np.zeros((1, SIZE))])
+    nothing, doubt = np.zeros((CLASSES, 0)), Surprise(np.array([[-20.0, 0.0]]), np.array([[0.1, 0.5]]))
+    guidance = Guidance("label", nothing, np.zeros(CLASSES), doubt, slope, np.zeros(SIZE), means, np.array(seen))
     bands, ladder = lay_bands(used, WIDTH)[0], np.ones((2, 1, TAPS))
     return Formula(guidance, np.eye(SIZE), bands, np.zeros((4, SIZE)), ladder, 4, WIDTH, 0.0, False)
 
@@ -87,3 +93,29 @@ def test_more_surprise_never_lowers_the_score(surprises, column, more):
     raised = surprises.copy()
     raised[:, column] += more
     assert (combine(raised, weights, np) > combine(surprises, weights, np)).all()
+
+
+def test_allowance_makes_clean_mismatch_the_same_at_every_doubt():
+    rng = np.random.default_rng(0)
+    doubt = rng.exponential(size=(4000, 1))
+    log_mismatch = np.array([[0.5, -1.0]]) + doubt * [[0.8, 0.1]] + rng.normal(size=(4000, 2)) * np.exp(-1 + 0.3 * doubt)
+    allowance = fit_allowance(log_mismatch, doubt)
+    np.testing.assert_allclose(allowance.mean, [[0.5, -1.0], [0.8, 0.1]], atol=0.05)
+    np.testing.assert_allclose(allowance.spread[1], 0.3, atol=0.05)
+    deviation = allow(allowance, log_mismatch, doubt, np)
+    sure, unsure = doubt[:, 0] < 0.3, doubt[:, 0] > 2.0
+    assert deviation[sure].std() == pytest.approx(deviation[unsure].std(), rel=0.15)
+    assert abs(deviation[unsure].mean()) < 0.1 * deviation.std()
+    # The same mismatch says more about an input that the target is sure of.
+    assert (allow(allowance, log_mismatch * 0 + 2.0, doubt, np)[sure].min(0) > 0).all()
+
+
+def test_a_sure_input_is_not_excused():
+    formula = make_formula()
+    z, logits = RNG.normal(size=(2, SIZE)), np.zeros((2, CLASSES))
+    logits[0, 1], logits[1, 1] = 30.0, 0.2
+    z[1] = z[0]
+    spared = replace(formula, allowance=Allowance(np.array([[0.0] * TAPS, [1.0] * TAPS]), np.zeros((2, TAPS))))
+    plain, got = (measure(f, logits, z, one_hot(logits), None, np)[:, -TAPS:] for f in (formula, spared))
+    doubt = find_surprise(formula.guidance.doubt, np.array([[-20.0], [-0.2]]), np)
+    np.testing.assert_allclose(got, plain - doubt, atol=1e-9)

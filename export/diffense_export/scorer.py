@@ -9,7 +9,8 @@ from diffense.graphs import load_model
 from diffense.guard import Guard
 from diffense.names import LATENTS, LOGITS, P_VALUE, SCORE
 from diffense.onnx_arrays import OnnxNamespace
-from diffense.scoring import combine, find_surprise, measure
+from diffense.scoring import combine, measure
+from diffense.surprise import find_surprise
 
 
 def build_scorer(guard: Guard) -> ir.Model:
