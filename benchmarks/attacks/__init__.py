@@ -1,0 +1,26 @@
+"""The attacks, by key. A new one is one file and one line here."""
+
+from typing import Final
+
+from benchmarks.attacks.badnets import BadNets
+from benchmarks.attacks.base import Attack
+from benchmarks.attacks.htba import Htba
+from benchmarks.attacks.idba import Idba
+from benchmarks.attacks.issba import Issba
+from benchmarks.attacks.none import Unpoisoned
+from benchmarks.attacks.wanet import WaNet
+from benchmarks.datasets import Spec
+from diffense.errors import OptionError
+
+ATTACKS: Final[dict[str, type[Attack]]] = {a.key: a for a in (BadNets, Idba, WaNet, Issba, Htba, Unpoisoned)}
+
+
+def make_attack(key: str, spec: Spec, seed: int) -> Attack:
+    """Make an attack on an image set.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if key not in ATTACKS:
+        raise OptionError(f"unknown attack {key!r}; known: {', '.join(ATTACKS)}")
+    return ATTACKS[key](spec, seed)

@@ -1,0 +1,79 @@
+"""The figures of a detector: AUROC, true-positive rates at a realised threshold, attack success behind the guard."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from diffense.calibration import flag, rank_p_values
+
+Scores = NDArray[np.float32] | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well scores tell triggered inputs that reach the attacker's label from clean ones.
+
+    Attributes:
+        auroc: over all clean evaluation images and the triggered inputs that reach the attacker's label.
+        auroc_right: the same without the clean images that the target misclassifies.
+        tpr_at_fpr1, tpr_at_fpr5: share of those triggered inputs flagged, thresholds from calibration images.
+        asr_after_fpr1, asr_after_fpr5: share of *all* triggered inputs that reach the attacker's label and are not flagged.
+        fpr_at_1, fpr_at_5: share of the clean evaluation images flagged by the same thresholds.
+    """
+
+    auroc: float
+    auroc_right: float
+    tpr_at_fpr1: float
+    tpr_at_fpr5: float
+    asr_after_fpr1: float
+    asr_after_fpr5: float
+    fpr_at_1: float
+    fpr_at_5: float
+
+
+def find_auroc(clean: Scores, triggered: Scores) -> float:
+    """Probability that a triggered score is above a clean one, ties half: (n,), (m,) -> 0..1; NaN if either is empty."""
+    n, m = len(clean), len(triggered)
+    if not n or not m:
+        return float("nan")
+    ranks = rankdata(np.concatenate([clean, triggered]).astype(np.float64))
+    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
+
+
+def measure_detection(
+    calibration: Scores, clean: Scores, right: NDArray[np.bool_], triggered: Scores, reached: NDArray[np.bool_]
+) -> Detection:
+    """Work out the figures.
+
+    Args:
+        calibration: (n,) scores of the defender's calibration images.
+        clean: (N,) scores of the clean evaluation images.
+        right: (N,) whether the target classifies them as their true label.
+        triggered: (T,) scores of the triggered evaluation images.
+        reached: (T,) whether the target gives them the attacker's label.
+    """
+    ordered = np.sort(np.asarray(calibration, np.float32))
+    size = len(ordered)
+    caught, alarms = {}, {}
+    for percent in (1, 5):
+        caught[percent] = flag(rank_p_values(ordered, np.asarray(triggered, np.float32)), percent / 100, size)
+        alarms[percent] = flag(rank_p_values(ordered, np.asarray(clean, np.float32)), percent / 100, size)
+
+    def tpr(percent: int) -> float:
+        return float(caught[percent][reached].mean()) if reached.any() else float("nan")
+
+    def asr(percent: int) -> float:
+        return float((reached & ~caught[percent]).mean()) if len(reached) else float("nan")
+
+    return Detection(
+        auroc=find_auroc(clean, triggered[reached]),
+        auroc_right=find_auroc(clean[right], triggered[reached]),
+        tpr_at_fpr1=tpr(1),
+        tpr_at_fpr5=tpr(5),
+        asr_after_fpr1=asr(1),
+        asr_after_fpr5=asr(5),
+        fpr_at_1=float(alarms[1].mean()),
+        fpr_at_5=float(alarms[5].mean()),
+    )

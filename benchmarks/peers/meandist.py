@@ -1,0 +1,9 @@
+"""Distance to the predicted class's mean, per tap and band."""
+
+from benchmarks.peers.distances import DistanceFamily
+from benchmarks.peers.latent import LatentPeer
+
+
+def make() -> LatentPeer:
+    """The first rival of feasibility.md, section 6: strangeness by class means, Diffense's bands and rule."""
+    return LatentPeer("meandist", "Class-mean distance", DistanceFamily("strangeness"))

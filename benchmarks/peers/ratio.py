@@ -1,0 +1,9 @@
+"""Squared distance to the predicted class's mean over that to the nearest other class's, per tap."""
+
+from benchmarks.peers.distances import DistanceFamily
+from benchmarks.peers.latent import LatentPeer
+
+
+def make() -> LatentPeer:
+    """The second rival of feasibility.md, section 6: mismatch by class means, Diffense's rule."""
+    return LatentPeer("ratio", "Own/other ratio", DistanceFamily("mismatch"))

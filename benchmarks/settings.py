@@ -1,0 +1,33 @@
+"""Where the bench finds its data and keeps its cache: two environment variables, nothing else reads a path."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from diffense.errors import OptionError
+
+SHARED: Final = "DIFFENSE_SHARED"
+CACHE: Final = "DIFFENSE_BENCH"
+ROOT: Final = Path(__file__).resolve().parent.parent
+RESULTS: Final = ROOT / "benchmarks" / "results"
+
+
+def find_shared() -> Path:
+    """Folder that holds ``data/load.py`` and the image sets: ``DIFFENSE_SHARED``, else ``shared`` beside the checkout.
+
+    Raises:
+        OptionError: it is not there.
+    """
+    folder = Path(os.environ.get(SHARED, ROOT.parent / "shared"))
+    if not (folder / "data" / "load.py").is_file():
+        raise OptionError(
+            f"the bench's image sets belong in {folder}/data (its load.py is missing); set {SHARED} to their folder"
+        )
+    return folder
+
+
+def find_cache() -> Path:
+    """Folder for trained targets and latents, outside git: ``DIFFENSE_BENCH``, else ``runs/bench`` of the checkout."""
+    folder = Path(os.environ.get(CACHE, ROOT / "runs" / "bench"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
