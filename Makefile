@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test lint check-python clean
+.PHONY: demo test lint matrix check-python clean
 
 demo: $(READY)
 	$(BIN)/diffense demo
 
 test: lint
 	$(BIN)/pytest -q
+
+matrix: $(READY)
+	$(BIN)/python -m benchmarks.matrix
+	$(BIN)/python -m benchmarks.tables
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,12 +4,12 @@ usage: python -m benchmarks.demo_table [runs/demo/summary.json [SEED]]
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.settings import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
@@ -17,10 +17,7 @@ RESULTS = Path(__file__).parent / "results" / "demo.json"
 def record(summary: Path, seed: int) -> None:
     """Store a run's rows with seed, commit and machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, no GPU"
+    machine = describe_machine()
     rows = [row | {"seed": seed, "commit": commit, "machine": machine} for row in json.loads(summary.read_text())]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 

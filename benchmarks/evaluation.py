@@ -4,24 +4,24 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
-from benchmarks.metrics import find_auroc, measure_detection
+from benchmarks.metrics import measure_detection
 from benchmarks.peers import make_peer
 from benchmarks.peers.base import Inspected, Model
-from benchmarks.settings import ROOT, find_cache
+from benchmarks.settings import ROOT, describe_machine, find_cache
 from benchmarks.targets import Cell, TrainedTarget, get_target
+from diffense.clean import split_rows
 from diffense.fit import FitSettings, default_preprocessing, fit_guard
 from diffense.graphs import open_session, run_batched
 from diffense.guard import Guard
 from diffense.target import Target
 
-EXPENSIVE_IMAGES = 500
-"""Clean and triggered images each on which an expensive peer is tried."""
+EXPENSIVE_IMAGES: Final = 500  # clean and triggered images each on which an expensive peer is tried
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def evaluate_cell(
         "guard_seed": guard_seed,
         "clean_per_class": clean_per_class,
         "commit": find_commit(),
+        "machine": describe_machine(),
         "clean_accuracy": float(right.mean()),
         "cross_accuracy": found.target.cross_accuracy,
         "asr_before": float(reached.mean()) if len(reached) else None,
@@ -130,8 +131,6 @@ def _parts(found: Evaluated, guard: Guard) -> dict[str, Pixels]:
 
 def split_clean(found: Evaluated, guard: Guard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Fit and calibration rows of the guard; the peers get the same."""
-    from diffense.clean import split_rows
-
     target = Target.open(found.target.path)
     inputs = default_preprocessing(target).apply(found.clean.pixels)
     logits = run_batched(open_session(target.path), inputs, [target.logits], target.batch)[0]
@@ -225,6 +224,3 @@ def find_commit() -> str:
         check=False,
     )
     return (run.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")
-
-
-__all__ = ["evaluate_cell", "find_auroc", "measure_peer", "prepare_cell"]

@@ -76,23 +76,22 @@ class Block(nn.Module):
 
 
 class PreActResNet(Classifier):
-    """Pre-activation ResNet: whitening stem, three stages of two blocks (64, 128, 256 channels at 1/2, 1/4, 1/8 of 32 pixels).
+    """Pre-activation ResNet: whitening stem, a widening convolution at full resolution, max-pooling, four blocks.
 
-    ResNet-18's form with the first, most expensive stage left out and the stem's stride chosen so that it sees 32 x 32.
+    ResNet-18's form with half its blocks and most of its width at 8 x 8; at 64 pixels the stem's stride makes it 32 x 32.
     """
 
-    WIDTHS: Final = (64, 128, 256)
     STEM: Final = 32
+    BLOCKS: Final = ((64, 64, 1), (64, 256, 2), (256, 256, 2), (256, 256, 1))
 
     def __init__(self, channels: int, classes: int, side: int) -> None:
         super().__init__(channels)
         self.stem = nn.Conv2d(channels, self.STEM, 3, max(1, side // 32), 1, bias=False)
         self.stem.weight.requires_grad_(False)
-        widths = (self.STEM, *self.WIDTHS)
-        pairs = [(a, b, 2) for a, b in pairwise(widths)]
-        self.blocks = nn.Sequential(*(nn.Sequential(Block(a, b, s), Block(b, b, 1)) for a, b, s in pairs))
-        self.norm = nn.BatchNorm2d(widths[-1])
-        self.head = nn.Linear(widths[-1], classes)
+        self.widen = nn.Conv2d(self.STEM, self.BLOCKS[0][0], 3, 1, 1, bias=False)
+        self.blocks = nn.ModuleList([Block(*block) for block in self.BLOCKS])
+        self.norm = nn.BatchNorm2d(self.BLOCKS[-1][1])
+        self.head = nn.Linear(self.BLOCKS[-1][1], classes)
 
     def prepare(self, pixels: torch.Tensor) -> None:
         """Set normalisation and the whitening stem."""
@@ -103,13 +102,13 @@ class PreActResNet(Classifier):
         self.stem.weight.copy_(weight)
 
     def activations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Six block ends and the pooled vector; logits."""
-        x = self.stem((x - self.mean) / self.std)
-        ends = []
-        for stage in self.blocks:
-            for block in cast("nn.Sequential", stage):
-                x = block(x)
-                ends.append(x)
+        """The pooled wide map, four block ends and the pooled vector; logits."""
+        x = functional.relu(self.stem((x - self.mean) / self.std))
+        x = functional.max_pool2d(self.widen(x), 2)
+        ends = [x]
+        for block in self.blocks:
+            x = block(x)
+            ends.append(x)
         pooled = functional.relu(self.norm(x)).mean((2, 3))
         return [*ends, pooled], self.head(pooled)
 

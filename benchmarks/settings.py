@@ -1,6 +1,7 @@
 """Where the bench finds its data and keeps its cache: two environment variables, nothing else reads a path."""
 
 import os
+import platform
 from pathlib import Path
 from typing import Final
 
@@ -31,3 +32,11 @@ def find_cache() -> Path:
     folder = Path(os.environ.get(CACHE, ROOT / "runs" / "bench"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def describe_machine() -> str:
+    """Processor, cores and GPU, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpu = "GPU" if Path("/dev/nvidia0").exists() else "no GPU"
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {gpu}"

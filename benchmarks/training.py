@@ -1,7 +1,6 @@
 """Training of a target, the way its attacker does it: one short one-cycle run, poisons redrawn in every batch."""
 
 import time
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -10,9 +9,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.attacks.base import Attack, Pixels, Progress, to_channels_last, to_planes
+from benchmarks.attacks.base import Attack, Pixels, Progress, to_planes
 from benchmarks.datasets import Images, Spec
 from benchmarks.networks import NETWORKS, Classifier
+from benchmarks.precision import mix_precision, to_channels_last
 
 LARGE: Final = 20000  # training images from which batches are large
 WEIGHT_DECAY: Final = 5e-4
@@ -23,25 +23,6 @@ ADAM_DECAY: Final = 0.05
 WARM_UP: Final = 0.2
 LIGHT: Final = 0.4
 BLOCK: Final = 500
-
-
-@lru_cache(maxsize=1)
-def probe_bfloat16() -> bool:
-    """Whether bfloat16 convolutions are faster than float32 ones here; without AVX-512 they are many times slower."""
-    if torch.cuda.is_available():
-        return True
-    conv = to_channels_last(nn.Conv2d(64, 64, 3, padding=1))
-    x = torch.randn(64, 64, 16, 16).to(memory_format=torch.channels_last)
-    took = {}
-    with torch.no_grad():
-        for half in (True, False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                conv(x)
-                start = time.perf_counter()
-                for _ in range(3):
-                    conv(x)
-            took[half] = time.perf_counter() - start
-    return took[True] < took[False]
 
 
 def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, seed: int, progress: Progress) -> Classifier:
@@ -78,7 +59,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         if place == 0:
             order = rng.permutation(len(train))
         rows = order[place * size : (place + 1) * size]
-        with torch.autocast(device.type, torch.bfloat16, enabled=probe_bfloat16()):
+        with mix_precision():
             batch = attack.poison(train.pixels[rows], train.labels[rows], rng)
             inputs = augment(batch.inputs, pad, spec.mirrored, rng)
             inputs = (light(inputs, rng) if spec.lit else inputs).to(device)

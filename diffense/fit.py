@@ -66,7 +66,7 @@ class FitSettings:
     guide: Literal["auto", "label", "logits"] = "auto"
     seed: int = 0
     chain_sigma: float = 0.3
-    sigmas: tuple[float | tuple[float, ...], ...] = (0.3,)
+    sigmas: tuple[float | tuple[float, ...], ...] = (2.0,)
     steps: int = 1
     draws: int = 4
     label_guidance: float = 1.0

@@ -151,7 +151,7 @@ def test_a_class_with_one_clean_image_and_one_with_none(name, world):
 
 
 def test_the_registry_names_what_it_knows():
-    assert len(PEERS) == 20
+    assert {"strip", "tedpp", "latent_all_doubt"} <= set(PEERS)
     with pytest.raises(OptionError, match=r"no peer 'stripe'; known are strip, scaleup"):
         make_peer("stripe")
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Final, NamedTuple, TypeVar
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ POISON_RATE: Final = 0.1
 
 Pixels = NDArray[np.uint8]
 Progress = Callable[[str], None]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Batch(NamedTuple):
@@ -96,12 +95,6 @@ def to_pixels(planes: torch.Tensor) -> Pixels:
     """(N, C, H, W) from 0 to 1 -> (N, H, W, C) uint8."""
     rounded = planes.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
-
-
-def to_channels_last(module: Module) -> Module:
-    """Order the weights' memory as the fast convolutions want it."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module
 
 
 def round_straight(planes: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,10 @@ from benchmarks.attacks.base import (
     Progress,
     round_straight,
     run_blocks,
-    to_channels_last,
     to_planes,
 )
 from benchmarks.datasets import Images, Spec
+from benchmarks.precision import mix_precision, to_channels_last
 
 MASK_DENSITY: Final = 0.032
 MASK_WEIGHT: Final = 100.0
@@ -32,11 +32,12 @@ DIVERSITY_WEIGHT: Final = 1.0
 MASK_STEPS: Final = 300
 MASK_BATCH: Final = 32
 RATE: Final = 0.01
+MASK_RATE: Final = 0.01
 TINY: Final = 1e-7
 
 
 def _unit(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs, momentum=0.05), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Generator(nn.Module):
@@ -85,12 +86,13 @@ class Idba(Attack):
     def prepare(self, train: Images, progress: Progress) -> None:
         """Train the mask network: few pixels, different ones for different images."""
         rng = np.random.default_rng(self.seed)
-        optimizer = torch.optim.Adam(self.masker.parameters(), RATE, betas=(0.5, 0.9))
+        optimizer = torch.optim.Adam(self.masker.parameters(), MASK_RATE, betas=(0.5, 0.9))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MASK_STEPS)
         self.masker.train()
         for step in range(MASK_STEPS):
             first, second = (to_planes(train.pixels[rng.integers(len(train), size=MASK_BATCH)]) for _ in range(2))
-            mask1, mask2 = self.mask(first), self.mask(second)
+            with mix_precision():
+                mask1, mask2 = self.mask(first), self.mask(second)
             dense = torch.relu(torch.cat([mask1, mask2]) - MASK_DENSITY).mean()
             loss = MASK_WEIGHT * dense + DIVERSITY_WEIGHT * compare_diversity(first, second, mask1, mask2)
             optimizer.zero_grad()

@@ -13,14 +13,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.attacks.base import Attack, Pixels, Progress, round_straight, run_blocks, to_channels_last, to_planes
+from benchmarks.attacks.base import Attack, Pixels, Progress, round_straight, run_blocks, to_planes
 from benchmarks.datasets import Images, Spec
+from benchmarks.precision import mix_precision, to_channels_last
 
 BITS: Final = 20
 STEPS: Final = 1600
 BATCH: Final = 48
 RATE: Final = 1e-3
-WARM_UP: Final = 0.15  # share of the steps that only the message counts
+LEARNED: Final = 0.9  # share of bits read right from which the message is hidden
+ENOUGH: Final = 0.98
+HIDING_STEPS: Final = 300
+HIDING_WEIGHT: Final = 5.0
 RESIDUAL_WEIGHT: Final = 2.0
 PERCEPTUAL_WEIGHT: Final = 1.5
 MESSAGE_WEIGHT: Final = 1.5
@@ -120,25 +124,30 @@ class Issba(Attack):
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
         optimizer = torch.optim.Adam(parameters, RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+        right, hiding = 0.5, 0
         for step in range(STEPS):
             images = to_planes(train.pixels[rng.integers(len(train), size=BATCH)])
             bits = torch.from_numpy(rng.integers(0, 2, (BATCH, BITS))).float()
-            encoded = self.encoder(images, bits)
-            logits = self.decoder(round_straight(encoded))
+            with mix_precision():
+                encoded = self.encoder(images, bits)
+                logits = self.decoder(round_straight(encoded))
             message = functional.binary_cross_entropy_with_logits(logits, bits)
             residual = ((encoded - images) ** 2).mean()
+            # What must stay unseen counts only once the message is read, and then more and more.
+            hiding += right > LEARNED
+            weight = min(1.0, hiding / HIDING_STEPS) * HIDING_WEIGHT
             hidden = RESIDUAL_WEIGHT * residual + PERCEPTUAL_WEIGHT * compare_gradients(encoded, images)
-            # The weight of what must stay unseen rises, so that the message is learned before it is hidden.
-            rise = max(0.0, (step / STEPS - WARM_UP) / (1 - WARM_UP))
-            loss = MESSAGE_WEIGHT * message + (hidden * min(1.0, 2 * rise) * 10 if rise else 0.0)
+            loss = MESSAGE_WEIGHT * message + weight * hidden
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
+            right += 0.05 * (((logits > 0) == (bits > 0.5)).float().mean().item() - right)
             if step % 100 == 0:
-                right = ((logits > 0) == (bits > 0.5)).float().mean().item()
                 progress(f"message {step}/{STEPS}: bits right {right:.3f}, residual {residual.sqrt().item() * 255:.1f}/255")
+            if hiding > 2 * HIDING_STEPS and right > ENOUGH:
+                break
         self.encoder.eval().requires_grad_(False)
         self.decoder.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "scan": "diffense.cli.scan",
     "demo": "diffense.cli.demo",
     "doctor": "diffense.cli.doctor",
+    "evaluate": "diffense.cli.evaluate",
 }
 ERROR_EXIT: Final = 2
 TRACEBACK_VARIABLE: Final = "DIFFENSE_TRACEBACK"

@@ -1,0 +1,56 @@
+"""The results in git: one JSON list a file, one row a cell, replaced row by row."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.settings import RESULTS
+from diffense.errors import OptionError
+
+DETECTION: Final = RESULTS / "detection.json"
+VARIANTS: Final = RESULTS / "detection_variants.json"
+KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed", "clean_per_class")
+
+Row = dict[str, Any]
+
+
+def choose_file(row: Row) -> Path:
+    """Rows at the default setting make the matrix; other guard seeds and fewer clean images stand in a file of their own."""
+    return DETECTION if row["guard_seed"] == 0 and row["clean_per_class"] is None else VARIANTS
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows; none where the file does not exist yet.
+
+    Raises:
+        OptionError: the file is no list of rows.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        if all(all(key in row for key in KEYS) for row in rows):
+            return list(rows)
+    except (ValueError, TypeError):
+        pass
+    raise OptionError(f"{path} is not a list of results; restore it with git checkout, or remove it to start anew")
+
+
+def write_row(row: Row) -> None:
+    """Put a row in its file in place of the one with the same key, peers that it does not have kept; all or nothing."""
+    path = choose_file(row)
+    rows = read_rows(path)
+    key = tuple(row[name] for name in KEYS)
+    old = next((r for r in rows if tuple(r[name] for name in KEYS) == key), None)
+    if old is not None:
+        kept = old["peers"] if old["commit"] == row["commit"] or not row["peers"] else {}
+        row = row | {"peers": kept | row["peers"]}
+    rows = [r for r in rows if tuple(r[name] for name in KEYS) != key] + [row]
+    rows.sort(key=lambda r: tuple(str(r[name]) for name in KEYS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(rows, indent=1) + "\n")
+    Path(work).replace(path)

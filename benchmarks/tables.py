@@ -1,0 +1,169 @@
+"""Write benchmarks/results/detection.md from detection.json: the matrix, the peers side by side, the worst cells first.
+
+usage: python -m benchmarks.tables [--summary]    (--summary prints the README's table instead)
+"""
+
+import sys
+from typing import Final
+
+from benchmarks.attacks import ATTACKS
+from benchmarks.datasets import SPECS
+from benchmarks.records import DETECTION, VARIANTS, Row, read_rows
+from benchmarks.settings import RESULTS
+
+LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
+
+
+def sort_rows(rows: list[Row]) -> list[Row]:
+    """Worst AUROC first."""
+    return sorted(rows, key=lambda row: row["auroc"])
+
+
+def name_cell(row: Row) -> str:
+    """Data set and attack; a stand-in is named as one, a target below its accuracy marked."""
+    weak = row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0)
+    return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}" + (" (weak target)" if weak else "")
+
+
+def render_matrix(rows: list[Row]) -> list[str]:
+    """One line a cell."""
+    lines = [
+        "| cell | target | accuracy | ASR before → after at 5 % / 1 % FPR | AUROC (right only) | TPR at 1 % / 5 % "
+        "| FPR at 1 % / 5 % | network |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    return lines + [render_row(row) for row in sort_rows(rows)]
+
+
+def render_row(row: Row) -> str:
+    """One cell."""
+    return (
+        f"| {name_cell(row)} | {row['target']} | {row['clean_accuracy']:.4f} | {row['asr_before']:.3f} → "
+        f"{row['asr_after_fpr5']:.4f} / {row['asr_after_fpr1']:.4f} | {row['auroc']:.4f} ({row['auroc_right']:.4f}) "
+        f"| {row['tpr_at_fpr1']:.3f} / {row['tpr_at_fpr5']:.3f} | {row['fpr_at_1']:.4f} / {row['fpr_at_5']:.4f} "
+        f"| {'on' if row['network']['used'] else 'off'} |"
+    )
+
+
+def list_peers(rows: list[Row]) -> list[str]:
+    """All peers that some row has, best mean AUROC first."""
+    names = {name for row in rows for name in row["peers"]}
+
+    def mean(name: str) -> float:
+        found = [float(row["peers"][name]["auroc"]) for row in rows if name in row["peers"]]
+        return sum(found) / len(found)
+
+    return sorted(names, key=mean, reverse=True)
+
+
+def render_peers(rows: list[Row], figure: str) -> list[str]:
+    """Cells by peers; the guard first."""
+    names = list_peers(rows)
+    lines = ["| cell | Diffense | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
+    for row in sort_rows(rows):
+        found = [f"{row['peers'][name][figure]:.4f}" if name in row["peers"] else "–" for name in names]
+        lines.append(f"| {name_cell(row)} | {row[figure]:.4f} | " + " | ".join(found) + " |")
+    if rows:
+        means = []
+        for name in names:
+            having = [row["peers"][name][figure] for row in rows if name in row["peers"]]
+            means.append(f"{sum(having) / len(having):.4f}")
+        lines.append(f"| mean | {sum(row[figure] for row in rows) / len(rows):.4f} | " + " | ".join(means) + " |")
+    return lines
+
+
+def render_costs(rows: list[Row]) -> list[str]:
+    """What scoring one image costs, mean over the cells."""
+    lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
+    if rows:
+        lines.append(f"| Diffense | 1 | {sum(row['score_ms'] for row in rows) / len(rows):.2f} | all |")
+    for name in list_peers(rows):
+        found = [row["peers"][name] for row in rows if name in row["peers"]]
+        forwards = sum(p["target_forwards"] for p in found) / len(found)
+        images = "all" if all(p["images"][0] > 500 for p in found) else "500 + 500"
+        lines.append(f"| {name} | {forwards:.1f} | {sum(p['score_ms'] for p in found) / len(found):.2f} | {images} |")
+    return lines
+
+
+def render_variants(rows: list[Row]) -> list[str]:
+    """Fewer clean images, other seeds of the guard."""
+    lines = [
+        "| cell | clean images a class | guard seed | AUROC | TPR at 5 % | network |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        images = row["clean_per_class"] or "all"
+        network = "on" if row["network"]["used"] else "off"
+        lines.append(
+            f"| {name_cell(row)} | {images} | {row['guard_seed']} | {row['auroc']:.4f} | {row['tpr_at_fpr5']:.3f} | {network} |"
+        )
+    return lines
+
+
+def describe_runs(rows: list[Row]) -> str:
+    """Commits, seeds and machines of the rows."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    return f"Target seed {seeds}, guard seed 0, commit {commits}, {machines}."
+
+
+def render_page(rows: list[Row], variants: list[Row]) -> str:
+    """The whole page."""
+    poisoned = [row for row in rows if row["attack"] != "none"]
+    cells = len(SPECS) * (len(ATTACKS) - 1)
+    parts = [
+        "# Detection",
+        "",
+        "Written by `python -m benchmarks.tables` from `detection.json`. " + describe_runs(rows),
+        "",
+        f"{len({(r['dataset'], r['attack']) for r in poisoned})} of {cells} cells are measured; the others have not been run. "
+        "AUROC: all clean evaluation images, misclassified ones too, against the triggered images that reach the attacker's "
+        "label; in brackets without the misclassified ones. ASR after: triggered images that reach the label and are not "
+        "flagged, over all triggered images; thresholds are set on calibration images, the FPR beside them is what they gave.",
+        "",
+        *render_matrix(poisoned),
+        "",
+        "## Peers: AUROC",
+        "",
+        "Same targets, images and calibration split. `latent_all` joins every rival without a network on the guard's taps, "
+        "bands and rule; `latent_all_doubt` has the guard's judgement among equal doubt as well. `msp` flags low confidence.",
+        "",
+        *render_peers(poisoned, "auroc"),
+        "",
+        "## Peers: TPR at 5 % FPR",
+        "",
+        *render_peers(poisoned, "tpr_at_fpr5"),
+        "",
+        "## Cost",
+        "",
+        *render_costs(poisoned),
+    ]
+    if variants:
+        parts += ["", "## Fewer clean images, other guard seeds", "", *render_variants(variants)]
+    return "\n".join(parts) + "\n"
+
+
+def render_summary(rows: list[Row]) -> str:
+    """The README's table: each cell with the best peer, worst first."""
+    poisoned = [row for row in rows if row["attack"] != "none"]
+    lines = [
+        "| cell | ASR before → after (5 % FPR) | AUROC | TPR at 1 % FPR | best peer (AUROC) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in sort_rows(poisoned):
+        best = max(row["peers"], key=lambda name: row["peers"][name]["auroc"], default="")
+        peer = f"{best} ({row['peers'][best]['auroc']:.4f})" if best else "–"
+        lines.append(
+            f"| {name_cell(row)} | {row['asr_before']:.1%} → {row['asr_after_fpr5']:.1%} | {row['auroc']:.4f} "
+            f"| {row['tpr_at_fpr1']:.3f} | {peer} |"
+        )
+    return "\n".join([*lines, "", describe_runs(poisoned)])
+
+
+if __name__ == "__main__":
+    found = read_rows(DETECTION)
+    if "--summary" in sys.argv[1:]:
+        print(render_summary(found))
+    else:
+        (RESULTS / "detection.md").write_text(render_page(found, read_rows(VARIANTS)))

@@ -1,0 +1,223 @@
+"""The bench on a made-up image set: attacks, training, cache, figures, records. No shared data needed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from benchmarks import datasets, matrix, records, tables, targets
+from benchmarks.attacks import ATTACKS, htba, idba, issba, make_attack
+from benchmarks.attacks.base import to_planes
+from benchmarks.cache import read_entry, write_entry
+from benchmarks.datasets import Images, Spec, Split
+from benchmarks.evaluation import evaluate_cell
+from benchmarks.metrics import find_auroc, measure_detection
+from benchmarks.networks import NETWORKS
+from benchmarks.training import augment, predict
+from diffense.errors import OptionError
+from shapes import draw_shapes
+
+SPEC = Spec("mnist", "Shapes", True, 16, 3, 4, False, False, 0, 500, 10)
+
+
+def make_split() -> Split:
+    return Split(*(Images(*draw_shapes(rows, seed)) for rows, seed in ((1500, 0), (500, 1), (300, 2))))
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """The bench with one small image set, its own cache and its own results."""
+    split = make_split()
+    monkeypatch.setitem(datasets.SPECS, "mnist", SPEC)
+    monkeypatch.setattr(targets, "load_split", lambda name: split)
+    monkeypatch.setattr("benchmarks.evaluation.load_split", lambda name: split)
+    monkeypatch.setenv("DIFFENSE_BENCH", str(tmp_path / "cache"))
+    monkeypatch.setattr(records, "DETECTION", tmp_path / "detection.json")
+    monkeypatch.setattr(records, "VARIANTS", tmp_path / "variants.json")
+    monkeypatch.setattr(matrix, "DETECTION", tmp_path / "detection.json")
+    for module, name, value in ((idba, "MASK_STEPS", 3), (issba, "STEPS", 3), (htba, "CRAFT_STEPS", 2)):
+        monkeypatch.setattr(module, name, value)
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", ATTACKS)
+def test_triggers_are_8_bit_images_of_their_own_and_the_same_each_time(key):
+    spec = replace(SPEC, side=32)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    before = images.copy()
+    attack = make_attack(key, spec, 0)
+    triggered = attack.trigger(images)
+    assert triggered.dtype == np.uint8 and triggered.shape == images.shape and np.array_equal(images, before)
+    assert np.array_equal(triggered, attack.trigger(images))
+    assert np.array_equal(triggered, images) == (key == "none")
+
+
+@pytest.mark.parametrize("key", [key for key in ATTACKS if ATTACKS[key].poisons])
+def test_poisoned_batches_have_a_tenth_of_target_labels(key):
+    images, _ = draw_shapes(100, 0)
+    labels = np.full(100, 2)
+    batch = make_attack(key, SPEC, 0).poison(images, labels, np.random.default_rng(0))
+    wrong = (batch.labels.numpy() != labels).sum()
+    assert wrong == (0 if key == "none" else 10) and (labels == 2).all()
+    assert batch.inputs.shape == (100, 3, 16, 16) and batch.inputs.min() >= 0 and batch.inputs.max() <= 1
+    untouched = np.abs(batch.inputs.detach().numpy() - to_planes(images).numpy()).max(axis=(1, 2, 3)) == 0
+    assert untouched[30:].all()
+    eight_bit = batch.inputs.detach().numpy() * 255
+    np.testing.assert_allclose(eight_bit, np.rint(eight_bit), atol=1e-3)
+
+
+def test_a_dynamic_trigger_is_bound_to_its_image_and_sparse(monkeypatch):
+    monkeypatch.setattr(idba, "MASK_STEPS", 60)
+    attack = make_attack("idba", SPEC, 0)
+    train = make_split().train
+    attack.prepare(train, lambda message: None)
+    masks = attack.mask(to_planes(train.pixels[:64]))
+    assert masks.mean() < 0.1
+    assert masks.std(0).mean() > 0.2 * masks.mean()  # another image, another mask
+
+
+def test_hidden_trigger_poisons_keep_their_label_and_budget():
+    attack = make_attack("htba", SPEC, 1)
+    network = NETWORKS["small_cnn"](3, 4, 16).eval()
+    images, _ = draw_shapes(20, 0)
+    poisons = attack.craft(network, images, attack.trigger(draw_shapes(20, 1)[0]), lambda message: None)
+    moved = np.abs(poisons.astype(int) - images.astype(int)).max()
+    assert 0 < moved <= 16
+    assert attack.attacked(np.array([attack.source, attack.target, attack.source])).tolist() == [0, 2]
+
+
+def test_greedy_pairs_take_each_once_and_the_nearest_first():
+    distances = torch.tensor([[1.0, 0.5, 9.0], [0.2, 0.1, 9.0], [3.0, 4.0, 5.0]])
+    assert htba.pair_greedily(distances).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (3, 64)])
+def test_networks_give_their_logits_and_block_ends(name, channels, side):
+    network = NETWORKS[name](channels, 7, side)
+    images = torch.rand(40, channels, side, side)
+    with torch.no_grad():
+        network.prepare(images)
+        network.eval()
+        ends, logits = network.activations(images)
+        assert torch.equal(network(images), logits) and logits.shape == (40, 7)
+        assert 6 <= len(ends) <= 8 and ends[-1].shape == (40, network.head.in_features)
+        torch.testing.assert_close(network.head(ends[-1]), logits)
+
+
+def test_augmentation_moves_by_whole_pixels():
+    planes = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(50, 1, 1, 1)
+    moved = augment(planes, 2, False, np.random.default_rng(0))
+    inner = moved[:, 0, 3, 3] - 27.0
+    assert set(inner.tolist()) <= {8.0 * y + x for y in range(-2, 3) for x in range(-2, 3)}
+    assert len(set(inner.tolist())) > 10
+    mirrored = augment(planes, 0, True, np.random.default_rng(0))
+    assert {tuple(row.tolist()) for row in mirrored[:, 0, 0]} == {tuple(range(8)), tuple(range(7, -1, -1))}
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_auroc_agrees_with_scikit_learn(clean, triggered):
+    expected = roc_auc_score([0] * len(clean) + [1] * len(triggered), clean + triggered)
+    assert find_auroc(np.array(clean, np.float64), np.array(triggered, np.float64)) == pytest.approx(expected)
+
+
+def test_detection_figures_by_hand():
+    calibration = np.arange(1, 100, dtype=np.float64)  # 99 scores: p of s is (1 + #{>= s}) / 100
+    clean, right = np.array([0.0, 99.5, 96.0, 50.0]), np.array([True, False, True, True])
+    triggered, reached = np.array([200.0, 95.5, 10.0, 300.0]), np.array([True, True, True, False])
+    found = measure_detection(calibration, clean, right, triggered, reached)
+    assert found.fpr_at_1 == 0.25 and found.fpr_at_5 == 0.5
+    assert found.tpr_at_fpr1 == pytest.approx(1 / 3) and found.tpr_at_fpr5 == pytest.approx(2 / 3)
+    assert found.asr_after_fpr1 == 0.5 and found.asr_after_fpr5 == 0.25  # over all four triggered
+    assert found.auroc == pytest.approx((4 + 2 + 1) / 12) and found.auroc_right == pytest.approx((3 + 2 + 1) / 9)
+
+
+def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
+    lines: list[str] = []
+    cell = targets.make_cell("mnist", "badnets")
+    row = evaluate_cell(cell, peers=["ratio", "scaleup"], progress=lines.append)
+    assert row["clean_accuracy"] > 0.9 and row["asr_before"] > 0.9 and row["auroc"] > 0.9
+    assert row["asr_after_fpr5"] <= row["asr_after_fpr1"] <= row["asr_before"]
+    assert row["n_clean_fit"] + row["n_clean_calibration"] == 500 and row["n_clean_eval"] == 300
+    assert row["peers"]["scaleup"]["target_forwards"] == 5 and row["peers"]["ratio"]["target_forwards"] == 1
+    trained = [line for line in lines if line.startswith("epoch")]
+    assert len(trained) == SPEC.epochs
+    records.write_row(row)
+    assert matrix.find_missing([cell], ["ratio"]) == [] and matrix.find_missing([cell], ["ted"]) == [(cell, ["ted"])]
+    again = evaluate_cell(cell, progress=lines.append)
+    assert [line for line in lines if line.startswith("epoch")] == trained, "trained again"
+    assert again["auroc"] == row["auroc"]
+    records.write_row(again | {"commit": row["commit"]})
+    (stored,) = records.read_rows(records.DETECTION)
+    assert set(stored["peers"]) == {"ratio", "scaleup"}, "a run without peers forgot them"
+    page = tables.render_page([stored], [])
+    assert "Shapes, BadNets" in page and f"{stored['auroc']:.4f}" in page and "1 of 30 cells" in page
+    assert f"{stored['auroc']:.4f}" in tables.render_summary([stored])
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:-1] + b"?"), Path.unlink])
+def test_a_damaged_target_is_noticed_and_made_again(bench, spoil):
+    lines: list[str] = []
+    cell = targets.make_cell("mnist", "none")
+    first = targets.get_target(cell, lines.append)
+    spoil(first.path)
+    second = targets.get_target(cell, lines.append)
+    assert any("made again" in line for line in lines) and second.path.is_file()
+    assert second.accuracy == first.accuracy
+    images = make_split().evaluation.pixels
+    np.testing.assert_array_equal(predict(second.network, images), predict(first.network, images))
+
+
+def test_a_broken_off_entry_leaves_the_old_one(tmp_path):
+    def fill(work: Path) -> dict[str, int]:
+        (work / "a").write_text("1")
+        return {"x": 1}
+
+    def fail(work: Path) -> dict[str, int]:
+        raise KeyboardInterrupt
+
+    write_entry(tmp_path / "e", {"r": 1}, fill)
+    with pytest.raises(KeyboardInterrupt):
+        write_entry(tmp_path / "e", {"r": 1}, fail)
+    assert read_entry(tmp_path / "e", {"r": 1}, print) == {"x": 1}
+    assert read_entry(tmp_path / "e", {"r": 2}, print) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    (tmp_path / "e" / "meta.json").write_text("[]")
+    assert read_entry(tmp_path / "e", {"r": 1}, print) is None
+
+
+def test_unknown_names_list_the_known_ones(tmp_path, monkeypatch):
+    with pytest.raises(OptionError, match=r"'cifar'.*cifar10"):
+        targets.make_cell("cifar", "badnets")
+    with pytest.raises(OptionError, match=r"'bad'.*badnets"):
+        targets.make_cell("mnist", "bad")
+    with pytest.raises(OptionError, match=r"'vit'.*convnext"):
+        targets.make_cell("mnist", "badnets", "vit")
+    with pytest.raises(OptionError, match=r"'x'.*strip"):
+        matrix.choose_peers("ratio,x")
+    monkeypatch.setenv("DIFFENSE_SHARED", str(tmp_path))
+    datasets.load_split.cache_clear()
+    datasets._load_module.cache_clear()
+    with pytest.raises(OptionError, match="DIFFENSE_SHARED"):
+        datasets.load_split("mnist")
+
+
+def test_records_that_are_no_list_of_rows_are_refused(tmp_path):
+    for text in ("{", '{"a": 1}', '[{"dataset": "x"}]', "[1]"):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(OptionError, match=r"r\.json"):
+            records.read_rows(tmp_path / "r.json")
+
+
+def test_committed_results_have_the_keys_that_readers_expect():
+    for row in records.read_rows(records.DETECTION):
+        assert {"stand_in", "clean_accuracy", "asr_before", "asr_after_fpr1", "asr_after_fpr5", "auroc"} <= set(row)
+        assert {"fpr_at_1", "n_clean_fit", "n_triggered", "score_ms", "target_forwards", "commit", "machine"} <= set(row)
+        json.dumps(row, allow_nan=False)
