@@ -32,6 +32,7 @@ class Spec:
         held_out: training images a class that the defender gets instead of test images; 0 where the test split is large.
         defender: most images of the defender.
         epochs: of the target's training.
+        network: the target's usual architecture.
     """
 
     name: str
@@ -45,17 +46,44 @@ class Spec:
     held_out: int
     defender: int
     epochs: int
+    network: str
 
 
 SPECS: Final = {
     spec.name: spec
     for spec in (
-        Spec("mnist", "MNIST", False, 28, 1, 10, False, False, 0, 5000, 9),
-        Spec("cifar10", "CIFAR-10", False, 32, 3, 10, True, False, 0, 5000, 12),
-        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 16),
-        Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 30),
-        Spec("lsun_object_standin", "LSUN Object (stand-in: Tiny-ImageNet)", True, 64, 3, 10, True, False, 120, 1200, 40),
-        Spec("lsun_scene_standin", "LSUN Scene (stand-in: MiniPlaces)", True, 64, 3, 10, True, False, 120, 1200, 30),
+        Spec("mnist", "MNIST", False, 28, 1, 10, False, False, 0, 5000, 9, "small_cnn"),
+        Spec("cifar10", "CIFAR-10", False, 32, 3, 10, True, False, 0, 5000, 12, "wide_resnet"),
+        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 20, "preact_resnet"),
+        Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 30, "wide_resnet"),
+        Spec(
+            "lsun_object_standin",
+            "LSUN Object (stand-in: Tiny-ImageNet)",
+            True,
+            64,
+            3,
+            10,
+            True,
+            False,
+            120,
+            1200,
+            40,
+            "wide_resnet",
+        ),
+        Spec(
+            "lsun_scene_standin",
+            "LSUN Scene (stand-in: MiniPlaces)",
+            True,
+            64,
+            3,
+            10,
+            True,
+            False,
+            120,
+            1200,
+            30,
+            "wide_resnet",
+        ),
     )
 }
 

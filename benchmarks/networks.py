@@ -40,22 +40,20 @@ class Classifier(nn.Module):
         return self.activations(x)[1]
 
 
-def whiten_patches(pixels: torch.Tensor, kernel: int, stride: int, filters: int) -> nn.Conv2d:
-    """A fixed first convolution whose filters are whitened patch directions and their negatives (Jordan 2024, airbench).
+def whiten_stem(stem: nn.Conv2d, pixels: torch.Tensor) -> None:
+    """Set a first convolution's filters to whitened patch directions and their negatives (Jordan 2024, airbench).
 
     Args:
+        stem: fixed during training; half of its filters are directions, largest variance first.
         pixels: (N, C, H, W) normalised training pixels.
-        kernel: side of a patch.
-        stride: of the convolution.
-        filters: even; half of them are directions, largest variance first.
     """
+    kernel = stem.kernel_size[0]
     patches = functional.unfold(pixels[:2000], kernel, stride=2).transpose(1, 2).reshape(-1, pixels.shape[1] * kernel**2)
     values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-    count = min(filters // 2, len(values))
+    count = min(len(stem.weight) // 2, len(values))
     chosen = (vectors / torch.sqrt(values + 1e-2)).flip(1)[:, :count].T.float().reshape(count, -1, kernel, kernel)
-    conv = nn.Conv2d(pixels.shape[1], 2 * count, kernel, stride, kernel // 2, bias=False)
-    conv.weight = nn.Parameter(torch.cat([chosen, -chosen]), requires_grad=False)
-    return conv
+    stem.weight.zero_()  # grey images have fewer directions than filters
+    stem.weight[: 2 * count] = torch.cat([chosen, -chosen])
 
 
 class Block(nn.Module):
@@ -76,7 +74,41 @@ class Block(nn.Module):
 
 
 class PreActResNet(Classifier):
-    """Pre-activation ResNet: whitening stem, a widening convolution at full resolution, max-pooling, four blocks.
+    """Pre-activation ResNet: whitening stem, three stages of two blocks (64, 128, 256 channels at 1/2, 1/4, 1/8 of 32 pixels).
+
+    ResNet-18's form with the first, most expensive stage left out and the stem's stride chosen so that it sees 32 x 32.
+    """
+
+    WIDTHS: Final = (64, 128, 256)
+    STEM: Final = 32
+
+    def __init__(self, channels: int, classes: int, side: int) -> None:
+        super().__init__(channels)
+        self.stem = nn.Conv2d(channels, self.STEM, 3, max(1, side // 32), 1, bias=False)
+        self.stem.weight.requires_grad_(False)
+        pairs = pairwise((self.STEM, *self.WIDTHS))
+        self.blocks = nn.ModuleList([block for a, b in pairs for block in (Block(a, b, 2), Block(b, b, 1))])
+        self.norm = nn.BatchNorm2d(self.WIDTHS[-1])
+        self.head = nn.Linear(self.WIDTHS[-1], classes)
+
+    def prepare(self, pixels: torch.Tensor) -> None:
+        """Set normalisation and the whitening stem."""
+        super().prepare(pixels)
+        whiten_stem(self.stem, (pixels - self.mean) / self.std)
+
+    def activations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Six block ends and the pooled vector; logits."""
+        x = self.stem((x - self.mean) / self.std)
+        ends = []
+        for block in self.blocks:
+            x = block(x)
+            ends.append(x)
+        pooled = functional.relu(self.norm(x)).mean((2, 3))
+        return [*ends, pooled], self.head(pooled)
+
+
+class WideResNet(Classifier):
+    """Pre-activation ResNet: whitening stem, a widening convolution at full resolution, max-pooling, four wide blocks.
 
     ResNet-18's form with half its blocks and most of its width at 8 x 8; at 64 pixels the stem's stride makes it 32 x 32.
     """
@@ -96,10 +128,7 @@ class PreActResNet(Classifier):
     def prepare(self, pixels: torch.Tensor) -> None:
         """Set normalisation and the whitening stem."""
         super().prepare(pixels)
-        conv = whiten_patches((pixels - self.mean) / self.std, 3, self.stem.stride[0], self.STEM)
-        weight = torch.zeros_like(self.stem.weight)
-        weight[: len(conv.weight)] = conv.weight  # grey images have fewer directions than filters
-        self.stem.weight.copy_(weight)
+        whiten_stem(self.stem, (pixels - self.mean) / self.std)
 
     def activations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The pooled wide map, four block ends and the pooled vector; logits."""
@@ -184,6 +213,7 @@ class ConvNext(Classifier):
 
 NETWORKS: Final[dict[str, Callable[[int, int, int], Classifier]]] = {
     "preact_resnet": PreActResNet,
+    "wide_resnet": WideResNet,
     "small_cnn": SmallCnn,
     "convnext": ConvNext,
 }

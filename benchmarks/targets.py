@@ -55,7 +55,7 @@ def make_cell(dataset: str, attack: str, network: str | None = None, seed: int =
     spec = find_spec(dataset)
     if attack not in ATTACKS:
         raise OptionError(f"unknown attack {attack!r}; known: {', '.join(ATTACKS)}")
-    network = network or ("small_cnn" if spec.side < 32 else "preact_resnet")
+    network = network or spec.network
     if network not in NETWORKS:
         raise OptionError(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
     return Cell(dataset, attack, network, seed)

@@ -11,7 +11,7 @@ from diffense.chain import Chain, assign_folds, fit_chain
 from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
 from diffense.manifest import NetworkReport
 from diffense.sampling import Denoise, in_float32
-from diffense.scoring import Formula, measure
+from diffense.scoring import TINY, Formula, measure_mismatch, measure_strangeness
 
 Matrix = NDArray[np.float64]
 
@@ -124,22 +124,34 @@ def learn_network(
     return learned.weights if used else None, NetworkReport(used=used, reason=reason, steps=learned.steps, **losses)
 
 
-def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> tuple[Matrix, Matrix]:
-    """Log distances (n_ref, E) and doubt (n_ref, 1) of clean originals that fitted neither their chain nor the denoiser.
+@dataclass(frozen=True)
+class Reference:
+    """Evidence of clean originals that helped to fit neither their guidance and chain nor, where it matters, the denoiser.
 
-    Without a network these are all originals, each by its own fold; with one, those of the validation fold.
+    Attributes:
+        strange: (n_s, L B) log strangeness; with a network only the rows of the validation fold.
+        mismatch: (n, K) log mismatch of all originals, which no network has a part in.
+        doubt: (n, 1) of all originals.
     """
+
+    strange: Matrix
+    mismatch: Matrix
+    doubt: Matrix
+
+
+def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> Reference:
+    """Measure every clean original through the parts that were fitted without it."""
     originals = np.arange(len(clean.source)) < clean.originals
-    found, doubt = [], []
+    strange, mismatch, doubt = [], [], []
     step = None if denoise is None else in_float32(denoise)
     for fold, (guidance, chain) in enumerate(crossed.parts):
-        if denoise is not None and fold != VALIDATION_FOLD:
-            continue
         rows = originals & (crossed.folds == fold)
         if not rows.any():
             continue
         part = replace(formula, guidance=guidance, transform=chain.transform)
-        logits = clean.logits[rows]
-        found.append(measure(part, logits, clean.latents[rows], one_hot(logits), step, np))
-        doubt.append(clean.guide(guidance, rows)[0][:, -1:])
-    return np.concatenate(found), np.concatenate(doubt)
+        guide, residual = clean.guide(guidance, rows)
+        if denoise is None or fold == VALIDATION_FOLD:
+            strange.append(np.log(measure_strangeness(part, residual, guide, step, np) + TINY))
+        mismatch.append(np.log(measure_mismatch(part, clean.latents[rows], one_hot(clean.logits[rows]), np) + TINY))
+        doubt.append(guide[:, -1:])
+    return Reference(*(np.concatenate(parts) for parts in (strange, mismatch, doubt)))

@@ -35,7 +35,7 @@ from diffense.names import DENOISER_FILE, TAPPED_FILE
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
-from diffense.surprise import fit_surprise
+from diffense.surprise import Surprise, fit_surprise
 from diffense.tapping import compare_shared, open_pooling, whiten, write_tapped
 from diffense.taps import Tap
 from diffense.target import Target
@@ -295,12 +295,12 @@ def fit_scorer(
         probabilities=probabilities,
     )
     denoise = None if weights is None else open_denoiser(_build_denoiser(weights, sigmas, width, settings))
-    reference, doubt = measure_reference(latent_set, crossed, formula, denoise)
-    taps = len(sigmas[0])
-    allowance = fit_allowance(reference[:, -taps:], doubt)
-    reference[:, -taps:] = allow(allowance, reference[:, -taps:], doubt, np)
+    reference = measure_reference(latent_set, crossed, formula, denoise)
+    allowance = fit_allowance(reference.mismatch, reference.doubt)
     formula = replace(formula, allowance=allowance)
-    scorer = Scorer(formula, fit_surprise(reference), used, np.zeros(1, np.float32), settings.alpha, network.used)
+    parts = [fit_surprise(e) for e in (reference.strange, allow(allowance, reference.mismatch, reference.doubt, np))]
+    surprise = Surprise(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("knots", "slopes")))
+    scorer = Scorer(formula, surprise, used, np.zeros(1, np.float32), settings.alpha, network.used)
     return latent_set, scorer, weights, network
 
 

@@ -23,7 +23,7 @@ from benchmarks.training import augment, predict
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
-SPEC = Spec("mnist", "Shapes", True, 16, 3, 4, False, False, 0, 500, 10)
+SPEC = Spec("mnist", "Shapes", True, 16, 3, 4, False, False, 0, 500, 10, "small_cnn")
 
 
 def make_split() -> Split:

@@ -234,7 +234,8 @@ def test_surprises_of_fresh_clean_latents_are_as_those_of_the_reference() -> Non
     clean = make_set(latents[:400], logits[:400], WIDTH)
     whole = clean.fit_linear(np.ones(400, bool))
     formula = replace(make_formula(), guidance=whole[0], transform=whole[1].transform)
-    reference, _ = measure_reference(clean, cross_fit(clean, whole, np.random.default_rng(0)), formula, None)
+    found = measure_reference(clean, cross_fit(clean, whole, np.random.default_rng(0)), formula, None)
+    reference = np.concatenate([found.strange, found.mismatch], axis=1)
     fresh = measure(formula, logits[400:], latents[400:], one_hot(logits[400:]), None, np)
     exceeded = np.mean(find_surprise(fit_surprise(reference), fresh, np) >= -np.log(0.1), axis=0)
     np.testing.assert_allclose(exceeded, 0.1, atol=0.06)  # four standard errors of 400 and 1,100 rows

@@ -165,13 +165,14 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
     bands, names = lay_bands(clean.used, 8)
     noise, ladder = np.zeros((2, 24)), lay_ladder(np.full((1, 3), 0.3), 1)
     formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, 8, 0.0, False)
-    reference, doubt = measure_reference(clean, crossed, formula, None)
-    assert reference.shape == (rows, len(list_evidence(names, 1, 3)))
-    assert doubt.shape == (rows, 1) and (doubt >= 0).all()
+    reference = measure_reference(clean, crossed, formula, None)
+    assert reference.strange.shape[1] + reference.mismatch.shape[1] == len(list_evidence(names, 1, 3))
+    assert len(reference.strange) == len(reference.mismatch) == rows
+    assert reference.doubt.shape == (rows, 1) and (reference.doubt >= 0).all()
     own = clean.guide(whole[0], np.ones(rows, bool))[1] @ whole[1].transform
     fresh_set = make_set(*draw_rows(2000, CLASSES, 3, 8, seed=1), 8, kind)
     fresh = fresh_set.guide(whole[0], np.ones(2000, bool))[1] @ whole[1].transform
-    strange = np.exp(reference[:, : bands.shape[1]]).mean()
+    strange = np.exp(reference.strange).mean()
     assert (own**2 @ bands).mean() < 0.9 * (fresh**2 @ bands).mean()  # fitted rows look too good
     assert strange == pytest.approx((fresh**2 @ bands).mean(), rel=0.12)
 
@@ -190,8 +191,9 @@ def test_with_a_network_only_the_held_out_fold_is_measured() -> None:
         seen.append(residual)
         return noised
 
-    reference, doubt = measure_reference(clean, crossed, formula, step)
+    reference = measure_reference(clean, crossed, formula, step)
     held_out = crossed.folds == 0
-    assert len(reference) == len(doubt) == held_out.sum() == 20
+    assert len(reference.strange) == held_out.sum() == 20
+    assert len(reference.mismatch) == len(reference.doubt) == 100  # no network has a part in them
     expected = clean.guide(crossed.parts[0][0], held_out)[1]
     np.testing.assert_allclose(np.concatenate(seen), expected, rtol=1e-5, atol=1e-6)
