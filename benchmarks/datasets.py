@@ -54,7 +54,7 @@ SPECS: Final = {
     for spec in (
         Spec("mnist", "MNIST", False, 28, 1, 10, False, False, 0, 5000, 9, "small_cnn"),
         Spec("cifar10", "CIFAR-10", False, 32, 3, 10, True, False, 0, 5000, 12, "wide_resnet"),
-        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 20, "preact_resnet"),
+        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 16, "wide_resnet"),
         Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 30, "wide_resnet"),
         Spec(
             "lsun_object_standin",
