@@ -11,6 +11,7 @@ from benchmarks.datasets import SPECS
 from benchmarks.records import DETECTION, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
 
+LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
 LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
 
 
@@ -20,9 +21,11 @@ def sort_rows(rows: list[Row]) -> list[Row]:
 
 
 def name_cell(row: Row) -> str:
-    """Data set and attack; a stand-in is named as one, a target below its accuracy marked."""
-    weak = row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0)
-    return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}" + (" (weak target)" if weak else "")
+    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked."""
+    weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
+    if row["attack"] != "htba" and row["asr_before"] < LEAST_SUCCESS:
+        weak += " (weak attack)"
+    return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
 
 
 def render_matrix(rows: list[Row]) -> list[str]:
