@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.demo_table import RESULTS, render_table
+from benchmarks.records import DETECTION, read_rows
+from benchmarks.tables import render_summary
 from diffense.ports import choose_ports
 from shapes import draw_shapes
 
@@ -75,6 +77,10 @@ def test_guard_your_own_model_and_ask_it(small_target, tmp_path):
 
 def test_the_figures_are_those_of_the_results():
     assert render_table(json.loads(RESULTS.read_text(encoding="utf-8"))) in README
+
+
+def test_the_detection_table_is_that_of_the_results():
+    assert render_summary(read_rows(DETECTION)) in README
 
 
 def test_every_file_that_the_readme_names_exists():
