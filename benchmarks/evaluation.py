@@ -16,8 +16,7 @@ from benchmarks.peers.base import Inspected, Model
 from benchmarks.settings import ROOT, describe_machine, find_cache
 from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import split_rows
-from diffense.fit import FitSettings, default_preprocessing, fit_guard
-from diffense.graphs import open_session, run_batched
+from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.target import Target
 
@@ -79,7 +78,16 @@ def evaluate_cell(
     target = Target.open(found.target.path)
     guard = fit_guard(target, found.clean.pixels, folder, settings=settings, notify=progress)
     fit_seconds = time.monotonic() - start
-    views = {name: inspect_images(guard, pixels) for name, pixels in _parts(found, guard).items()}
+    defender = inspect_images(guard, found.clean.pixels)
+    # The guard's own split of the defender's images; the peers get the same.
+    generator = np.random.default_rng(guard.manifest.seed)
+    fit_rows, calibration_rows = split_rows(defender.predicted, guard.manifest.calibration_size, generator)
+    views = {
+        "fit": take(defender, fit_rows),
+        "calibration": take(defender, calibration_rows),
+        "clean": inspect_images(guard, found.evaluation.pixels),
+        "triggered": inspect_images(guard, found.triggered),
+    }
     start = time.monotonic()
     guard.score(found.evaluation.pixels[:1000])
     score_ms = (time.monotonic() - start) / min(1000, len(found.evaluation)) * 1e3
@@ -110,32 +118,13 @@ def evaluate_cell(
         "score_ms": round(score_ms, 3),
         "target_forwards": 1.0,
     }
-    row["peers"] = {name: measure_peer(name, found, views, right, reached, progress) for name in peers}
-    return row
+    labels = found.clean.labels[fit_rows]
+    return row | {"peers": {name: measure_peer(name, found.target, views, labels, right, reached, progress) for name in peers}}
 
 
 def choose_settings(images: int, seed: int) -> FitSettings:
     """The default setting; with few images alpha is what so few can reach."""
     return FitSettings(seed=seed, alpha=0.01 if images >= 300 else 0.05)
-
-
-def _parts(found: Evaluated, guard: Guard) -> dict[str, Pixels]:
-    fit, calibration = split_clean(found, guard)
-    return {
-        "fit": found.clean.pixels[fit],
-        "calibration": found.clean.pixels[calibration],
-        "clean": found.evaluation.pixels,
-        "triggered": found.triggered,
-    }
-
-
-def split_clean(found: Evaluated, guard: Guard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fit and calibration rows of the guard; the peers get the same."""
-    target = Target.open(found.target.path)
-    inputs = default_preprocessing(target).apply(found.clean.pixels)
-    logits = run_batched(open_session(target.path), inputs, [target.logits], target.batch)[0]
-    generator = np.random.default_rng(guard.manifest.seed)
-    return split_rows(logits.argmax(1), guard.manifest.calibration_size, generator)
 
 
 def inspect_images(guard: Guard, pixels: Pixels) -> Inspected:
@@ -158,8 +147,9 @@ def score_inspected(guard: Guard, view: Inspected) -> NDArray[np.float32]:
 
 def measure_peer(
     name: str,
-    found: Evaluated,
+    target: TrainedTarget,
     views: dict[str, Inspected],
+    labels: NDArray[np.int64],
     right: NDArray[np.bool_],
     reached: NDArray[np.bool_],
     progress: Callable[[str], None],
@@ -167,10 +157,18 @@ def measure_peer(
     """Fit a peer on the guard's fit rows and measure it with the guard's calibration rows.
 
     Expensive peers see the first 500 clean and the first 500 triggered images that reach the attacker's label.
+
+    Args:
+        name: of the peer.
+        target: what is guarded.
+        views: fit, calibration, clean and triggered images.
+        labels: (n,) true labels of the fit images.
+        right: (N,) whether the target classifies the clean images as their true label.
+        reached: (T,) whether it gives the triggered ones the attacker's label.
+        progress: told what is going on.
     """
     peer = make_peer(name)
-    model = Model(found.target.network, found.target.cell.spec.classes)
-    labels = _labels_of(found, views["fit"])
+    model = Model(target.network, target.cell.spec.classes)
     start = time.monotonic()
     peer.fit(model, views["fit"], labels)
     progress(f"{name}: fitted in {time.monotonic() - start:.1f} s")
@@ -189,8 +187,9 @@ def measure_peer(
     scores["triggered"] = peer.score(model, take(views["triggered"], triggered)) if len(triggered) else np.zeros(0, np.float64)
     detection = measure_detection(scores["calibration"], scores["clean"], right[clean], scores["triggered"], reached[triggered])
     # Over all triggered inputs, also where an expensive peer saw only some that reach the label.
-    after = (1.0 - detection.tpr_at_fpr5) * float(reached.mean()) if reached.any() else 0.0
+    after = None if detection.tpr_at_fpr5 is None else (1.0 - detection.tpr_at_fpr5) * float(reached.mean())
     return {
+        "commit": find_commit(),
         "auroc": detection.auroc,
         "auroc_right": detection.auroc_right,
         "tpr_at_fpr1": detection.tpr_at_fpr1,
@@ -206,12 +205,6 @@ def measure_peer(
 def take(view: Inspected, rows: NDArray[np.int64]) -> Inspected:
     """These rows of what was inspected."""
     return Inspected(view.images[rows], view.logits[rows], view.latents[rows])
-
-
-def _labels_of(found: Evaluated, fit: Inspected) -> NDArray[np.int64]:
-    """True labels of the fit rows, found by their pixels."""
-    keys = {image.tobytes(): label for image, label in zip(found.clean.pixels, found.clean.labels, strict=True)}
-    return np.array([keys[image.tobytes()] for image in fit.images], np.int64)
 
 
 def find_commit() -> str:

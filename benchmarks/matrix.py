@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.attacks import find_attack
 from benchmarks.datasets import find_spec
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.peers import PEERS, make_peer
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     try:
         datasets = {find_spec(name).name for name in options.datasets.split(",")} if options.datasets else None
-        attacks = set(options.attacks.split(",")) if options.attacks else None
+        attacks = {find_attack(name).key for name in options.attacks.split(",")} if options.attacks else None
         cells = [
             cell
             for cell in list_cells()

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from diffense.calibration import flag, rank_p_values
+from diffense.charts import measure_auroc
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
 
@@ -14,6 +14,8 @@ Scores = NDArray[np.float32] | NDArray[np.float64]
 @dataclass(frozen=True)
 class Detection:
     """How well scores tell triggered inputs that reach the attacker's label from clean ones.
+
+    None where no triggered input reaches the label, or none was tried.
 
     Attributes:
         auroc: over all clean evaluation images and the triggered inputs that reach the attacker's label.
@@ -23,23 +25,14 @@ class Detection:
         fpr_at_1, fpr_at_5: share of the clean evaluation images flagged by the same thresholds.
     """
 
-    auroc: float
-    auroc_right: float
-    tpr_at_fpr1: float
-    tpr_at_fpr5: float
-    asr_after_fpr1: float
-    asr_after_fpr5: float
+    auroc: float | None
+    auroc_right: float | None
+    tpr_at_fpr1: float | None
+    tpr_at_fpr5: float | None
+    asr_after_fpr1: float | None
+    asr_after_fpr5: float | None
     fpr_at_1: float
     fpr_at_5: float
-
-
-def find_auroc(clean: Scores, triggered: Scores) -> float:
-    """Probability that a triggered score is above a clean one, ties half: (n,), (m,) -> 0..1; NaN if either is empty."""
-    n, m = len(clean), len(triggered)
-    if not n or not m:
-        return float("nan")
-    ranks = rankdata(np.concatenate([clean, triggered]).astype(np.float64))
-    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
 
 
 def measure_detection(
@@ -61,15 +54,15 @@ def measure_detection(
         caught[percent] = flag(rank_p_values(ordered, np.asarray(triggered, np.float32)), percent / 100, size)
         alarms[percent] = flag(rank_p_values(ordered, np.asarray(clean, np.float32)), percent / 100, size)
 
-    def tpr(percent: int) -> float:
-        return float(caught[percent][reached].mean()) if reached.any() else float("nan")
+    def tpr(percent: int) -> float | None:
+        return float(caught[percent][reached].mean()) if reached.any() else None
 
-    def asr(percent: int) -> float:
-        return float((reached & ~caught[percent]).mean()) if len(reached) else float("nan")
+    def asr(percent: int) -> float | None:
+        return float((reached & ~caught[percent]).mean()) if len(reached) else None
 
     return Detection(
-        auroc=find_auroc(clean, triggered[reached]),
-        auroc_right=find_auroc(clean[right], triggered[reached]),
+        auroc=measure_auroc(clean, triggered[reached]) if reached.any() else None,
+        auroc_right=measure_auroc(clean[right], triggered[reached]) if reached.any() else None,
         tpr_at_fpr1=tpr(1),
         tpr_at_fpr5=tpr(5),
         asr_after_fpr1=asr(1),

@@ -1,5 +1,6 @@
 """Architectures of the targets. Each gives its logits and, for peers that look inside, the activations at its block ends."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Final, cast
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """A classifier of (N, C, H, W) float32 pixels from 0 to 1.
 
     Attributes:
@@ -31,9 +32,9 @@ class Classifier(nn.Module):
         self.mean.copy_(pixels.mean((0, 2, 3))[:, None, None])
         self.std.copy_(pixels.std((0, 2, 3))[:, None, None].clamp_min(0.05))
 
+    @abstractmethod
     def activations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Activations at the block ends, shallow to deep, the (N, F) penultimate vector last; and (N, classes) logits."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, classes)."""

@@ -39,18 +39,21 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_row(row: Row) -> None:
-    """Put a row in its file in place of the one with the same key, peers that it does not have kept; all or nothing."""
+    """Put a row in its file in place of the one with the same key, all or nothing.
+
+    Peers that the new row lacks are kept where the target is the same; each names the commit it was measured at.
+    """
     path = choose_file(row)
     rows = read_rows(path)
     key = tuple(row[name] for name in KEYS)
     old = next((r for r in rows if tuple(r[name] for name in KEYS) == key), None)
     if old is not None:
-        kept = old["peers"] if old["commit"] == row["commit"] or not row["peers"] else {}
-        row = row | {"peers": kept | row["peers"]}
+        same = all(old[name] == row[name] for name in ("clean_accuracy", "asr_before", "n_triggered"))
+        row = row | {"peers": (old["peers"] if same else {}) | row["peers"]}
     rows = [r for r in rows if tuple(r[name] for name in KEYS) != key] + [row]
     rows.sort(key=lambda r: tuple(str(r[name]) for name in KEYS))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(rows, indent=1) + "\n")
+        file.write(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     Path(work).replace(path)

@@ -4,6 +4,7 @@ usage: python -m benchmarks.tables [--summary]    (--summary prints the README's
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 from benchmarks.attacks import ATTACKS
@@ -16,8 +17,19 @@ LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
 
 
 def sort_rows(rows: list[Row]) -> list[Row]:
-    """Worst AUROC first."""
-    return sorted(rows, key=lambda row: row["auroc"])
+    """Worst AUROC first; cells where no trigger works, and so none can be missed, last."""
+    return sorted(rows, key=lambda row: 2.0 if row["auroc"] is None else row["auroc"])
+
+
+def show(figure: float | None, form: str = ".4f") -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if figure is None else format(figure, form)
+
+
+def average(figures: Iterable[float | None]) -> float | None:
+    """Mean of the figures that there are."""
+    found = [figure for figure in figures if figure is not None]
+    return sum(found) / len(found) if found else None
 
 
 def name_cell(row: Row) -> str:
@@ -41,50 +53,40 @@ def render_matrix(rows: list[Row]) -> list[str]:
 def render_row(row: Row) -> str:
     """One cell."""
     return (
-        f"| {name_cell(row)} | {row['target']} | {row['clean_accuracy']:.4f} | {row['asr_before']:.3f} → "
-        f"{row['asr_after_fpr5']:.4f} / {row['asr_after_fpr1']:.4f} | {row['auroc']:.4f} ({row['auroc_right']:.4f}) "
-        f"| {row['tpr_at_fpr1']:.3f} / {row['tpr_at_fpr5']:.3f} | {row['fpr_at_1']:.4f} / {row['fpr_at_5']:.4f} "
-        f"| {'on' if row['network']['used'] else 'off'} |"
+        f"| {name_cell(row)} | {row['target']} | {show(row['clean_accuracy'])} | {show(row['asr_before'], '.3f')} → "
+        f"{show(row['asr_after_fpr5'])} / {show(row['asr_after_fpr1'])} | {show(row['auroc'])} ({show(row['auroc_right'])}) "
+        f"| {show(row['tpr_at_fpr1'], '.3f')} / {show(row['tpr_at_fpr5'], '.3f')} "
+        f"| {show(row['fpr_at_1'])} / {show(row['fpr_at_5'])} | {'on' if row['network']['used'] else 'off'} |"
     )
 
 
 def list_peers(rows: list[Row]) -> list[str]:
     """All peers that some row has, best mean AUROC first."""
     names = {name for row in rows for name in row["peers"]}
-
-    def mean(name: str) -> float:
-        found = [float(row["peers"][name]["auroc"]) for row in rows if name in row["peers"]]
-        return sum(found) / len(found)
-
-    return sorted(names, key=mean, reverse=True)
+    means = {name: average(row["peers"][name]["auroc"] for row in rows if name in row["peers"]) for name in names}
+    return sorted(names, key=lambda name: means[name] or 0.0, reverse=True)
 
 
 def render_peers(rows: list[Row], figure: str) -> list[str]:
-    """Cells by peers; the guard first."""
+    """Cells by peers, the guard first; the last line is each one's mean over the cells it has."""
     names = list_peers(rows)
     lines = ["| cell | Diffense | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
     for row in sort_rows(rows):
-        found = [f"{row['peers'][name][figure]:.4f}" if name in row["peers"] else "–" for name in names]
-        lines.append(f"| {name_cell(row)} | {row[figure]:.4f} | " + " | ".join(found) + " |")
-    if rows:
-        means = []
-        for name in names:
-            having = [row["peers"][name][figure] for row in rows if name in row["peers"]]
-            means.append(f"{sum(having) / len(having):.4f}")
-        lines.append(f"| mean | {sum(row[figure] for row in rows) / len(rows):.4f} | " + " | ".join(means) + " |")
-    return lines
+        found = [show(row["peers"][name][figure]) if name in row["peers"] else "–" for name in names]
+        lines.append(f"| {name_cell(row)} | {show(row[figure])} | " + " | ".join(found) + " |")
+    means = [show(average(row["peers"][name][figure] for row in rows if name in row["peers"])) for name in names]
+    return [*lines, f"| mean | {show(average(row[figure] for row in rows))} | " + " | ".join(means) + " |"]
 
 
 def render_costs(rows: list[Row]) -> list[str]:
     """What scoring one image costs, mean over the cells."""
     lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
-    if rows:
-        lines.append(f"| Diffense | 1 | {sum(row['score_ms'] for row in rows) / len(rows):.2f} | all |")
+    lines.append(f"| Diffense | 1 | {show(average(row['score_ms'] for row in rows), '.2f')} | all |")
     for name in list_peers(rows):
         found = [row["peers"][name] for row in rows if name in row["peers"]]
-        forwards = sum(p["target_forwards"] for p in found) / len(found)
         images = "all" if all(p["images"][0] > 500 for p in found) else "500 + 500"
-        lines.append(f"| {name} | {forwards:.1f} | {sum(p['score_ms'] for p in found) / len(found):.2f} | {images} |")
+        forwards, milliseconds = (average(peer[key] for peer in found) for key in ("target_forwards", "score_ms"))
+        lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
     return lines
 
 
@@ -98,7 +100,8 @@ def render_variants(rows: list[Row]) -> list[str]:
         images = row["clean_per_class"] or "all"
         network = "on" if row["network"]["used"] else "off"
         lines.append(
-            f"| {name_cell(row)} | {images} | {row['guard_seed']} | {row['auroc']:.4f} | {row['tpr_at_fpr5']:.3f} | {network} |"
+            f"| {name_cell(row)} | {images} | {row['guard_seed']} | {show(row['auroc'])} | {show(row['tpr_at_fpr5'], '.3f')} "
+            f"| {network} |"
         )
     return lines
 
@@ -155,11 +158,12 @@ def render_summary(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in sort_rows(poisoned):
-        best = max(row["peers"], key=lambda name: row["peers"][name]["auroc"], default="")
-        peer = f"{best} ({row['peers'][best]['auroc']:.4f})" if best else "–"
+        figures = {name: peer["auroc"] for name, peer in row["peers"].items() if peer["auroc"] is not None}
+        best = max(figures, key=lambda name: figures[name], default=None)
         lines.append(
-            f"| {name_cell(row)} | {row['asr_before']:.1%} → {row['asr_after_fpr5']:.1%} | {row['auroc']:.4f} "
-            f"| {row['tpr_at_fpr1']:.3f} | {peer} |"
+            f"| {name_cell(row)} | {show(row['asr_before'], '.1%')} → {show(row['asr_after_fpr5'], '.1%')} "
+            f"| {show(row['auroc'])} | {show(row['tpr_at_fpr1'], '.3f')} "
+            f"| {'–' if best is None else f'{best} ({figures[best]:.4f})'} |"
         )
     return "\n".join([*lines, "", describe_runs(poisoned)])
 

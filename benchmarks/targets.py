@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 
-from benchmarks.attacks import ATTACKS, make_attack
+from benchmarks.attacks import ATTACKS, find_attack, make_attack
 from benchmarks.attacks.base import Attack
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.datasets import SPECS, Spec, Split, find_spec, load_split
@@ -53,8 +53,7 @@ def make_cell(dataset: str, attack: str, network: str | None = None, seed: int =
         OptionError: an unknown data set, attack or network.
     """
     spec = find_spec(dataset)
-    if attack not in ATTACKS:
-        raise OptionError(f"unknown attack {attack!r}; known: {', '.join(ATTACKS)}")
+    find_attack(attack)
     network = network or spec.network
     if network not in NETWORKS:
         raise OptionError(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")

@@ -31,7 +31,10 @@ class Verdicts(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One piece of evidence about one image; distance as measured, surprise = -log p on clean images; band -1 = whole tap."""
+    """One piece of evidence about one image; surprise = -log p on clean images; band -1 = whole tap.
+
+    The distance is as measured; a mismatch is told relative to clean images of equal doubt, 1 being usual.
+    """
 
     kind: str
     tap: str

@@ -83,6 +83,13 @@ class Formula:
         return self.guidance.means.reshape(len(self.guidance.means), -1, self.width)
 
     @cached_property
+    def last_entry(self) -> NDArray[np.float64]:
+        """(G, 1) picks the doubt, the guide's last entry; a product, because recorded graphs have no slices."""
+        column = np.zeros((len(self.guidance.slope), 1))
+        column[-1] = 1.0
+        return column
+
+    @cached_property
     def mean_lengths(self) -> NDArray[np.float64]:
         """(K, C) squared lengths of the class means; worked out once, not at every request."""
         return np.asarray(np.sum(self.means**2, axis=2).T)
@@ -135,8 +142,7 @@ def measure(formula: Formula, logits: Any, latents: Any, label: Any, denoise: De
     strange = xp.log(measure_strangeness(formula, residual, guide, denoise, xp) + TINY)
     mismatch = xp.log(measure_mismatch(formula, latents, label, xp) + TINY)
     if formula.allowance is not None:
-        doubt = guide @ np.eye(len(formula.guidance.slope))[:, -1:]
-        mismatch = allow(formula.allowance, mismatch, doubt, xp)
+        mismatch = allow(formula.allowance, mismatch, guide @ formula.last_entry, xp)
     return xp.concatenate([strange, mismatch], axis=1)
 
 

@@ -95,5 +95,5 @@ def test_every_command_is_in_the_readme_or_helps_itself():
         assert run(f"diffense {name} --help", ROOT).count("Usage") == 1
     assert all(
         f"diffense {name}" in README
-        for name in ("fit", "score", "calibrate", "inspect", "export", "serve", "scan", "demo", "doctor")
+        for name in ("fit", "score", "calibrate", "inspect", "export", "serve", "scan", "demo", "doctor", "evaluate")
     )

@@ -15,12 +15,21 @@ from diffense.errors import OptionError
 ATTACKS: Final[dict[str, type[Attack]]] = {a.key: a for a in (BadNets, Idba, WaNet, Issba, Htba, Unpoisoned)}
 
 
-def make_attack(key: str, spec: Spec, seed: int) -> Attack:
-    """Make an attack on an image set.
+def find_attack(key: str) -> type[Attack]:
+    """Look an attack up by its key.
 
     Raises:
         OptionError: there is none of that name.
     """
     if key not in ATTACKS:
         raise OptionError(f"unknown attack {key!r}; known: {', '.join(ATTACKS)}")
-    return ATTACKS[key](spec, seed)
+    return ATTACKS[key]
+
+
+def make_attack(key: str, spec: Spec, seed: int) -> Attack:
+    """Make an attack on an image set.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    return find_attack(key)(spec, seed)

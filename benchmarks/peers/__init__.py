@@ -22,7 +22,7 @@ from benchmarks.peers.tedpp import TedPlusPlus
 from benchmarks.peers.vim import Vim
 from diffense.errors import OptionError
 
-__all__ = ["PEERS", "Inspected", "Model", "Peer", "known_peers", "make_peer"]
+__all__ = ["PEERS", "Inspected", "Model", "Peer", "make_peer"]
 
 PEERS: Final[dict[str, Callable[[], Peer]]] = {
     "strip": Strip,
@@ -49,11 +49,6 @@ PEERS: Final[dict[str, Callable[[], Peer]]] = {
 }
 
 
-def known_peers() -> list[str]:
-    """Names of all peers."""
-    return list(PEERS)
-
-
 def make_peer(name: str) -> Peer:
     """A fresh, unfitted peer.
 
@@ -61,5 +56,5 @@ def make_peer(name: str) -> Peer:
         OptionError: there is none of that name.
     """
     if name not in PEERS:
-        raise OptionError(f"there is no peer {name!r}; known are {', '.join(known_peers())}")
+        raise OptionError(f"there is no peer {name!r}; known are {', '.join(PEERS)}")
     return PEERS[name]()

@@ -6,12 +6,14 @@ One sign rule: a score is higher for more suspicious inputs. N images, C classes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from benchmarks.precision import to_channels_last
 
 Matrix = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -61,7 +63,7 @@ class Model:
     """
 
     def __init__(self, network: nn.Module, classes: int) -> None:
-        self.network: nn.Module = cast("Any", network.eval()).to(memory_format=torch.channels_last)  # the stubs lack it
+        self.network = to_channels_last(network.eval())
         self.classes = classes
         self.forwards = 0.0
 

@@ -13,7 +13,7 @@ from benchmarks.peers.base import Inspected, Labels, Matrix, Model
 from benchmarks.peers.gaussian import join_taps
 from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
-from diffense.guidance import find_margin, normalise_logits, one_hot
+from diffense.guidance import MARGIN_RESOLUTION, find_margin, normalise_logits, one_hot
 from diffense.scoring import Evidence, allow, combine, fit_allowance, weigh_evidence
 from diffense.surprise import find_surprise, fit_surprise
 
@@ -66,7 +66,7 @@ class LatentPeer:
         evidence = [e for family in self.families for e in family.name_evidence(family.state)]
         self.weights = weigh_evidence(evidence)
         self.excused = np.array([self.allowing and e.kind != "strangeness" for e in evidence])
-        self.doubt = fit_surprise(-find_margins(logits))
+        self.doubt = fit_surprise(-find_margins(logits), MARGIN_RESOLUTION)
         self.allowance = fit_allowance(reference[:, self.excused], self.find_doubt(logits))
         self.surprise = fit_surprise(self.excuse(reference, logits))
 

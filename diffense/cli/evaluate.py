@@ -46,4 +46,5 @@ def command(
     names = ("clean_accuracy", "asr_before", "auroc", "tpr_at_fpr1", "fpr_at_1", "asr_after_fpr1", "asr_after_fpr5")
     print(", ".join(f"{name} {row[name]:.4f}" for name in names if row[name] is not None))
     for name, peer in row["peers"].items():
-        print(f"  {name}: auroc {peer['auroc']:.4f}, tpr_at_fpr5 {peer['tpr_at_fpr5']:.4f}")
+        shown = ", ".join(f"{figure} {peer[figure]:.4f}" for figure in ("auroc", "tpr_at_fpr5") if peer[figure] is not None)
+        print(f"  {name}: {shown or 'no triggered image reaches the label'}")
