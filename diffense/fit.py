@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import diffense
 from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
-from diffense.clean import CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.clean import CleanSet
 from diffense.crossfit import LatentSet, cross_fit, learn_network, measure_reference
 from diffense.denoiser import build_denoiser
 from diffense.errors import OptionError
@@ -20,7 +20,6 @@ from diffense.graphs import save_graph
 from diffense.guard import Guard, open_denoiser
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
-from diffense.latent import Whitening
 from diffense.manifest import (
     SCHEMA,
     CleanReport,
@@ -32,12 +31,12 @@ from diffense.manifest import (
     Tensor,
 )
 from diffense.names import DENOISER_FILE, TAPPED_FILE
+from diffense.preparation import prepare_clean
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
 from diffense.surprise import Surprise, fit_surprise
-from diffense.tapping import compare_shared, open_pooling, whiten, write_tapped
-from diffense.taps import Tap
+from diffense.tapping import compare_shared, write_tapped
 from diffense.target import Target
 
 SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
@@ -111,7 +110,7 @@ def fit_guard(
     settings = settings or FitSettings()
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
-    prepared = prepare_clean(target, images, chosen, preprocessing, settings, notify)
+    prepared = prepare_clean(target, images, chosen, preprocessing, settings.alpha, settings.guide, settings.seed, notify)
     clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
     all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
     calibration_size = len(calibration_rows)
@@ -188,55 +187,6 @@ def fit_guard(
         f"{low:.2%} and {high:.2%} (90 % interval)"
     )
     return Guard.load(out)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Clean images, split and seen through the target's taps; what the scorer is fitted on.
-
-    Attributes:
-        labels: (N,) predicted labels of all clean images.
-        fit_rows, calibration_rows: row numbers, disjoint.
-        clean: logits and pooled features of the rows to fit on, and of their copies.
-        whitenings: of each tap.
-        latents: (n, K d) of the clean set.
-        kind: what guides the latents.
-        generator: the seed's random numbers, as far as they are used up.
-    """
-
-    labels: NDArray[np.int64]
-    fit_rows: NDArray[np.int64]
-    calibration_rows: NDArray[np.int64]
-    clean: CleanSet
-    whitenings: list[Whitening]
-    latents: NDArray[np.float64]
-    kind: Kind
-    generator: np.random.Generator
-
-
-def prepare_clean(
-    target: Target,
-    images: NDArray[np.uint8],
-    taps: Sequence[Tap],
-    preprocessing: Preprocessing,
-    settings: FitSettings,
-    notify: Callable[[str], None],
-) -> Prepared:
-    """Run the target on the clean images, split them, add copies, whiten the taps.
-
-    Raises:
-        TooFewImagesError, OptionError: as `fit_guard`.
-    """
-    calibration_size = count_calibration(len(images), settings.alpha)
-    generator = np.random.default_rng(settings.seed)
-    run = open_pooling(target, taps, preprocessing)
-    logits, pooled = run(images)
-    labels = logits.argmax(axis=1)
-    kind = decide_guide(labels, target.classes, settings.guide, notify)
-    fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
-    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
-    whitenings, latents = whiten(clean, kind, target.probabilities)
-    return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)
 
 
 def default_preprocessing(target: Target) -> Preprocessing:

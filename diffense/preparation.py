@@ -1,0 +1,78 @@
+"""Clean images, split and seen through the target's taps: what a guard is fitted on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.clean import CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.guidance import Kind
+from diffense.images import Preprocessing
+from diffense.latent import Whitening
+from diffense.tapping import open_pooling, whiten
+from diffense.taps import Tap
+from diffense.target import Target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Clean images, split and seen through the target's taps; what the scorer is fitted on.
+
+    Attributes:
+        labels: (N,) predicted labels of all clean images.
+        fit_rows, calibration_rows: row numbers, disjoint.
+        clean: logits and pooled features of the rows to fit on, and of their copies.
+        whitenings: of each tap.
+        latents: (n, K d) of the clean set.
+        kind: what guides the latents.
+        generator: the seed's random numbers, as far as they are used up.
+    """
+
+    labels: NDArray[np.int64]
+    fit_rows: NDArray[np.int64]
+    calibration_rows: NDArray[np.int64]
+    clean: CleanSet
+    whitenings: list[Whitening]
+    latents: NDArray[np.float64]
+    kind: Kind
+    generator: np.random.Generator
+
+
+def prepare_clean(
+    target: Target,
+    images: NDArray[np.uint8],
+    taps: Sequence[Tap],
+    preprocessing: Preprocessing,
+    alpha: float,
+    guide: Literal["auto", "label", "logits"],
+    seed: int,
+    notify: Callable[[str], None],
+) -> Prepared:
+    """Run the target on the clean images, split them, add copies, whiten the taps.
+
+    Args:
+        target: the classifier.
+        images: (N, H, W, C) uint8 clean images.
+        taps: to read, shallow to deep.
+        preprocessing: how pixels become the target's input.
+        alpha: false-alarm rate, which decides how many images calibrate.
+        guide: what guides the latents.
+        seed: of split and copies.
+        notify: told, in one line each, what the user should know.
+
+    Raises:
+        TooFewImagesError: too few clean images for alpha or for a class.
+        OptionError: alpha is not between 0 and 1.
+    """
+    calibration_size = count_calibration(len(images), alpha)
+    generator = np.random.default_rng(seed)
+    run = open_pooling(target, taps, preprocessing)
+    logits, pooled = run(images)
+    labels = logits.argmax(axis=1)
+    kind = decide_guide(labels, target.classes, guide, notify)
+    fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
+    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
+    whitenings, latents = whiten(clean, kind, target.probabilities)
+    return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)
