@@ -14,7 +14,7 @@ from benchmarks.attacks import find_attack
 from benchmarks.datasets import find_spec
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.peers import PEERS, make_peer
-from benchmarks.records import DETECTION, read_rows, write_row
+from benchmarks.records import DETECTION, read_rows, write_detection
 from benchmarks.targets import Cell, list_cells
 from diffense.errors import DiffenseError
 
@@ -55,7 +55,7 @@ def run_matrix(cells: Sequence[Cell], peers: Sequence[str], again: bool) -> None
         task = progress.add_task("matrix", total=len(jobs))
         for cell, wanted in jobs:
             progress.update(task, description=cell.name)
-            write_row(evaluate_cell(cell, peers=wanted, progress=progress.console.print))
+            write_detection(evaluate_cell(cell, peers=wanted, progress=progress.console.print))
             progress.advance(task)
 
 

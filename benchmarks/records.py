@@ -11,7 +11,9 @@ from diffense.errors import OptionError
 
 DETECTION: Final = RESULTS / "detection.json"
 VARIANTS: Final = RESULTS / "detection_variants.json"
-KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed", "clean_per_class")
+ABLATION: Final = RESULTS / "ablation.json"
+KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
+MORE_KEYS: Final = ("clean_per_class", "variant")  # each in one kind of file
 
 Row = dict[str, Any]
 
@@ -38,20 +40,28 @@ def read_rows(path: Path) -> list[Row]:
     raise OptionError(f"{path} is not a list of results; restore it with git checkout, or remove it to start anew")
 
 
-def write_row(row: Row) -> None:
-    """Put a row in its file in place of the one with the same key, all or nothing.
+def write_detection(row: Row) -> None:
+    """Put a row of the matrix in its file in place of the one with the same key.
 
     Peers that the new row lacks are kept where the target is the same; each names the commit it was measured at.
     """
     path = choose_file(row)
-    rows = read_rows(path)
-    key = tuple(row[name] for name in KEYS)
-    old = next((r for r in rows if tuple(r[name] for name in KEYS) == key), None)
+    old = next((r for r in read_rows(path) if find_key(r) == find_key(row)), None)
     if old is not None:
         same = all(old[name] == row[name] for name in ("clean_accuracy", "asr_before", "n_triggered"))
         row = row | {"peers": (old["peers"] if same else {}) | row["peers"]}
-    rows = [r for r in rows if tuple(r[name] for name in KEYS) != key] + [row]
-    rows.sort(key=lambda r: tuple(str(r[name]) for name in KEYS))
+    write_row(row, path)
+
+
+def find_key(row: Row) -> tuple[Any, ...]:
+    """What tells the rows of a file apart."""
+    return tuple(row.get(name) for name in (*KEYS, *MORE_KEYS))
+
+
+def write_row(row: Row, path: Path) -> None:
+    """Put a row in a file in place of the one with the same key, all or nothing."""
+    rows = [r for r in read_rows(path) if find_key(r) != find_key(row)] + [row]
+    rows.sort(key=lambda r: tuple(str(value) for value in find_key(r)))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with os.fdopen(handle, "w") as file:

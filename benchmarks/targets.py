@@ -20,7 +20,7 @@ from benchmarks.settings import find_cache
 from benchmarks.training import predict, train_target
 from diffense.errors import OptionError
 
-RECIPE: Final = 2  # raise it when anything that changes a trained target is changed
+RECIPE: Final = 3  # raise it when anything that changes a trained target is changed
 ONNX_FILE: Final = "target.onnx"
 NETWORK_FILE: Final = "network.safetensors"
 OPSET: Final = 17

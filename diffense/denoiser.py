@@ -25,7 +25,9 @@ NOISE_FREQUENCIES: Final = tuple(2.0**i for i in range(-2, 4))  # of c_noise, en
 CONSTANTS: Final = frozenset({SHALLOWER, "frequencies", "phases"})  # stored with the weights, never trained
 
 
-def init_weights(taps: int, width: int, guide: int, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+def init_weights(
+    taps: int, width: int, guide: int, generator: np.random.Generator, units: int = HIDDEN
+) -> dict[str, NDArray[np.float32]]:
     """Draw the starting weights; ``out`` and the modulations are zero.
 
     Args:
@@ -33,6 +35,7 @@ def init_weights(taps: int, width: int, guide: int, generator: np.random.Generat
         width: d, width of one tap.
         guide: G, entries of the label guide.
         generator: source of the random numbers.
+        units: H.
 
     Returns:
         Name -> float32 array, the order of names is fixed.
@@ -48,20 +51,20 @@ def init_weights(taps: int, width: int, guide: int, generator: np.random.Generat
         SHALLOWER: np.repeat(np.tril(np.ones((taps, taps), np.float32), -1), width, axis=1),
         "frequencies": np.repeat(np.array(NOISE_FREQUENCIES, np.float32), 2),
         "phases": np.tile(np.array([0, 1], np.float32), len(NOISE_FREQUENCIES)),
-        "context_residual": dense(taps * width, HIDDEN, 0.5),
-        "context_guide": dense(guide, HIDDEN, np.sqrt(guide)),
-        "context_tap": dense(taps, HIDDEN, np.sqrt(taps)),
-        "context": dense(HIDDEN, HIDDEN),
-        "noise": dense(2 * len(NOISE_FREQUENCIES), HIDDEN),
-        "in": np.stack([dense(width, HIDDEN) for _ in range(taps)]),
-        "in_bias": zeros(HIDDEN),
+        "context_residual": dense(taps * width, units, 0.5),
+        "context_guide": dense(guide, units, np.sqrt(guide)),
+        "context_tap": dense(taps, units, np.sqrt(taps)),
+        "context": dense(units, units),
+        "noise": dense(2 * len(NOISE_FREQUENCIES), units),
+        "in": np.stack([dense(width, units) for _ in range(taps)]),
+        "in_bias": zeros(units),
     }
     for block in range(BLOCKS):
-        weights[f"up_{block}"] = dense(HIDDEN, HIDDEN)
-        weights[f"shift_{block}"] = dense(HIDDEN, HIDDEN, 0.5)
-        weights[f"gain_{block}"] = zeros(HIDDEN, HIDDEN)
-        weights[f"down_{block}"] = dense(HIDDEN, HIDDEN, 0.5)
-    weights["out"] = zeros(taps, HIDDEN, width)
+        weights[f"up_{block}"] = dense(units, units)
+        weights[f"shift_{block}"] = dense(units, units, 0.5)
+        weights[f"gain_{block}"] = zeros(units, units)
+        weights[f"down_{block}"] = dense(units, units, 0.5)
+    weights["out"] = zeros(taps, units, width)
     weights["out_bias"] = zeros(taps, width)
     return weights
 
@@ -119,9 +122,10 @@ def embed_context(weights: Mapping[str, Any], residual: Any, guide: Any, taps: i
     """(N, W) residual and (N, G) guide -> (N, 1, K, H); tap k is not shown its own nor any deeper latent."""
     seen = xp.reshape(residual, (-1, 1, taps * width)) * weights[SHALLOWER]
     context = seen @ weights["context_residual"] + weights["context_tap"]
-    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, HIDDEN))
+    units = weights["in_bias"].shape[0]
+    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, units))
     context = silu(silu(context, xp) @ weights["context"], xp)
-    return xp.reshape(context, (-1, 1, taps, HIDDEN))
+    return xp.reshape(context, (-1, 1, taps, units))
 
 
 def predict(weights: Mapping[str, Any], hidden: Any, context: Any, xp: Any) -> Any:

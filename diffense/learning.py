@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffense.denoiser import CONSTANTS, denoise, init_weights
+from diffense.denoiser import CONSTANTS, HIDDEN, denoise, init_weights
 from diffense.sampling import draw_noise
 
 BATCH: Final = 64
@@ -56,6 +56,7 @@ def train_denoiser(
     steps: int,
     seed: int,
     report: Callable[[int, int], None],
+    units: int = HIDDEN,
 ) -> Learned:
     """Train on `rows`, stop early on `validation`.
 
@@ -68,11 +69,12 @@ def train_denoiser(
         steps: most optimiser steps.
         seed: of weights, batches and noise.
         report: called with (step, steps) now and then.
+        units: width of the network.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taps = len(used) // width
-    start = init_weights(taps, width, rows.guide.shape[1], np.random.default_rng(seed))
-    weights = {k: torch.from_numpy(v).to(device).requires_grad_(k not in CONSTANTS) for k, v in start.items()}
+    start = init_weights(taps, width, rows.guide.shape[1], np.random.default_rng(seed), units)
+    weights = {k: torch.tensor(v, device=device).requires_grad_(k not in CONSTANTS) for k, v in start.items()}
     trained = [k for k in weights if k not in CONSTANTS]
     average = {k: v.detach().clone() for k, v in weights.items()}
     optimizer = torch.optim.AdamW([weights[k] for k in trained], lr=RATE, weight_decay=1e-2)

@@ -27,6 +27,13 @@ class OnnxArray:
     def __init__(self, namespace: OnnxNamespace, value: ir.Value) -> None:
         self.namespace, self.value = namespace, value
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a stored weight; what is computed has no shape here."""
+        if self.value.const_value is None:
+            raise TypeError(f"{self.value.name} has no fixed shape")
+        return tuple(self.value.const_value.shape.numpy())
+
     def _binary(self, op: str, left: Any, right: Any) -> OnnxArray:
         return self.namespace.record(op, left, right)
 

@@ -95,12 +95,15 @@ class Formula:
         return np.asarray(np.sum(self.means**2, axis=2).T)
 
 
-def lay_bands(used: NDArray[np.bool_], width: int) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
+def lay_bands(
+    used: NDArray[np.bool_], width: int, edges: tuple[int, ...] = BAND_EDGES
+) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
     """Make the averaging matrix of the bands.
 
     Args:
         used: (W,) False where an entry is padding (always the last entries of a tap).
         width: d.
+        edges: lower ends of a tap's bands, ascending from 0.
 
     Returns:
         (W, B) matrix whose columns average one band, and the (tap, band) of each column; empty bands have none.
@@ -108,8 +111,8 @@ def lay_bands(used: NDArray[np.bool_], width: int) -> tuple[NDArray[np.float64],
     columns, names = [], []
     for tap in range(len(used) // width):
         usable = int(used[tap * width : (tap + 1) * width].sum())
-        edges = [*(edge for edge in BAND_EDGES if edge < usable), usable]
-        for band, (low, high) in enumerate(pairwise(edges)):
+        ends = [*(edge for edge in edges if edge < usable), usable]
+        for band, (low, high) in enumerate(pairwise(ends)):
             column = np.zeros(len(used))
             column[tap * width + low : tap * width + high] = 1.0 / (high - low)
             columns.append(column)

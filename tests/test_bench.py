@@ -139,17 +139,17 @@ def test_a_trigger_that_never_works_has_no_detection_rate_and_can_be_recorded(be
     row = evaluate_cell(targets.make_cell("mnist", "none"), peers=["ratio"])
     assert row["auroc"] is row["tpr_at_fpr1"] is row["asr_before"] is row["peers"]["ratio"]["asr_after_fpr5"] is None
     assert 0 <= row["fpr_at_5"] < 0.2
-    records.write_row(row | {"attack": "htba", "asr_before": 0.0})
+    records.write_detection(row | {"attack": "htba", "asr_before": 0.0})
     (stored,) = records.read_rows(records.DETECTION)
     assert "| – (–) |" in tables.render_page([stored], []) and "| – | – | – |" in tables.render_summary([stored])
 
 
 def test_peers_are_kept_for_the_same_target_alone(bench):
     row = evaluate_cell(targets.make_cell("mnist", "none"), peers=["ratio"]) | {"commit": "a"}
-    records.write_row(row)
-    records.write_row(row | {"commit": "b", "peers": {}})
+    records.write_detection(row)
+    records.write_detection(row | {"commit": "b", "peers": {}})
     assert set(records.read_rows(records.DETECTION)[0]["peers"]) == {"ratio"}
-    records.write_row(row | {"clean_accuracy": 0.5, "peers": {}})
+    records.write_detection(row | {"clean_accuracy": 0.5, "peers": {}})
     assert records.read_rows(records.DETECTION)[0]["peers"] == {}
 
 
@@ -163,12 +163,12 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     assert row["peers"]["scaleup"]["target_forwards"] == 5 and row["peers"]["ratio"]["target_forwards"] == 1
     trained = [line for line in lines if line.startswith("epoch")]
     assert len(trained) == SPEC.epochs
-    records.write_row(row)
+    records.write_detection(row)
     assert matrix.find_missing([cell], ["ratio"]) == [] and matrix.find_missing([cell], ["ted"]) == [(cell, ["ted"])]
     again = evaluate_cell(cell, progress=lines.append)
     assert [line for line in lines if line.startswith("epoch")] == trained, "trained again"
     assert again["auroc"] == row["auroc"]
-    records.write_row(again)
+    records.write_detection(again)
     (stored,) = records.read_rows(records.DETECTION)
     assert set(stored["peers"]) == {"ratio", "scaleup"}, "a run without peers forgot them"
     page = tables.render_page([stored], [])

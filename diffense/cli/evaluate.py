@@ -24,7 +24,7 @@ def command(
     try:
         from benchmarks.evaluation import evaluate_cell
         from benchmarks.matrix import choose_peers
-        from benchmarks.records import write_row
+        from benchmarks.records import write_detection
         from benchmarks.targets import make_cell
     except ImportError as error:
         raise OptionError(
@@ -39,7 +39,7 @@ def command(
         progress=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
     )
     if record:
-        write_row(row)
+        write_detection(row)
     if as_json:
         print(json.dumps(row))
         return

@@ -1,0 +1,101 @@
+"""The variants: each is the default with one part changed. Adding one: a line in `VARIANTS`."""
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from diffense.denoiser import HIDDEN
+from diffense.fit import FitSettings
+from diffense.scoring import BAND_EDGES
+
+DEFAULTS: Final = FitSettings()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed; the fields' defaults are the guard's.
+
+    Attributes:
+        name: as in the table.
+        group: part of the method that it is about.
+        taps: which taps are read.
+        doubt: whether doubt guides the latents, beside the label.
+        chain: what a tap is guessed from: the shallower taps, no tap, or every other tap.
+        divided: whether the error of that guess is divided by its covariance.
+        by_label: whether that covariance is the predicted label's, shrunk, or shared.
+        network: whether there is a learned part.
+        units: its width.
+        context: whether it sees the shallower taps.
+        label_guidance, data_guidance, sigmas, steps, draws: as in `FitSettings`.
+        distance: to the mean of the samples, to the nearest, or the mean of the distances.
+        edges: of the bands.
+        kinds: of evidence that count.
+        allowance: whether mismatch is judged among clean inputs of equal doubt.
+        rule: how surprises become one score.
+    """
+
+    name: str
+    group: str
+    taps: Literal["all", "first half", "second half", "last"] = "all"
+    doubt: bool = True
+    chain: Literal["shallower", "none", "others"] = "shallower"
+    divided: bool = True
+    by_label: bool = False
+    network: bool = True
+    units: int = HIDDEN
+    context: bool = True
+    label_guidance: float = DEFAULTS.label_guidance
+    data_guidance: float = DEFAULTS.data_guidance
+    sigmas: tuple[float | tuple[float, ...], ...] = DEFAULTS.sigmas
+    steps: int = DEFAULTS.steps
+    draws: int = DEFAULTS.draws
+    distance: Literal["mean", "nearest", "each"] = "mean"
+    edges: tuple[int, ...] = BAND_EDGES
+    kinds: tuple[str, ...] = ("strangeness", "mismatch")
+    allowance: bool = True
+    rule: Literal["tail", "fisher", "max", "z"] = "tail"
+
+
+DEFAULT: Final = Variant("default", "default")
+CLOSED: Final = Variant("closed-form chain (network off)", "learned part", network=False)
+
+VARIANTS: Final = (
+    DEFAULT,
+    CLOSED,
+    replace(DEFAULT, name="strangeness alone", group="evidence", kinds=("strangeness",)),
+    replace(CLOSED, name="strangeness alone, network off", group="evidence", kinds=("strangeness",)),
+    replace(DEFAULT, name="mismatch alone", group="evidence", kinds=("mismatch",), network=False),
+    replace(DEFAULT, name="no allowance for doubt in the mismatch", group="evidence", allowance=False),
+    replace(DEFAULT, name="label alone guides, no doubt", group="guidance", doubt=False),
+    replace(CLOSED, name="label alone guides, no doubt, network off", group="guidance", doubt=False),
+    replace(DEFAULT, name="label guidance of the network off", group="guidance", label_guidance=0.0),
+    replace(DEFAULT, name="label guidance 2", group="guidance", label_guidance=2.0),
+    replace(DEFAULT, name="data guidance 0.5", group="guidance", data_guidance=0.5),
+    replace(CLOSED, name="no chain, no network", group="chain", chain="none"),
+    replace(DEFAULT, name="no chain", group="chain", chain="none"),
+    replace(CLOSED, name="guessed from all other taps, no network", group="chain", chain="others"),
+    replace(CLOSED, name="errors not divided, no network", group="chain", divided=False),
+    replace(CLOSED, name="covariance of the label, no network", group="chain", by_label=True),
+    replace(DEFAULT, name="network does not see the shallower taps", group="learned part", context=False),
+    replace(DEFAULT, name="half as wide", group="learned part", units=64),
+    replace(DEFAULT, name="twice as wide", group="learned part", units=256),
+    replace(DEFAULT, name="level 0.3", group="levels", sigmas=(0.3,)),
+    replace(DEFAULT, name="level 1", group="levels", sigmas=(1.0,)),
+    replace(DEFAULT, name="level 4", group="levels", sigmas=(4.0,)),
+    replace(DEFAULT, name="levels 1, 2, 4", group="levels", sigmas=(1.0, 2.0, 4.0)),
+    replace(DEFAULT, name="nearest of the samples", group="samples", distance="nearest"),
+    replace(DEFAULT, name="mean distance to the samples", group="samples", distance="each"),
+    replace(DEFAULT, name="2 draws", group="samples", draws=2),
+    replace(DEFAULT, name="16 draws", group="samples", draws=16),
+    replace(DEFAULT, name="2 steps", group="samples", steps=2),
+    replace(DEFAULT, name="3 steps", group="samples", steps=3),
+    replace(DEFAULT, name="10 steps", group="samples", steps=10),
+    replace(DEFAULT, name="50 steps", group="samples", steps=50),
+    replace(DEFAULT, name="one band a tap", group="bands and taps", edges=(0,)),
+    replace(DEFAULT, name="two bands a tap", group="bands and taps", edges=(0, 16)),
+    replace(DEFAULT, name="first half of the taps", group="bands and taps", taps="first half"),
+    replace(DEFAULT, name="second half of the taps", group="bands and taps", taps="second half"),
+    replace(DEFAULT, name="last tap alone", group="bands and taps", taps="last"),
+    replace(DEFAULT, name="mean of -log p (Fisher)", group="rule", rule="fisher"),
+    replace(DEFAULT, name="largest -log p", group="rule", rule="max"),
+    replace(DEFAULT, name="mean of standard scores", group="rule", rule="z"),
+)

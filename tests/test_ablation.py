@@ -1,0 +1,97 @@
+"""The ablation: its default is the guard, each variant changes one part."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from benchmarks import records
+from benchmarks.ablation import __main__ as command
+from benchmarks.ablation.trial import Fits, Trial, take_rows
+from benchmarks.ablation.variants import CLOSED, DEFAULT, VARIANTS, Variant
+from benchmarks.evaluation import inspect_images, prepare_cell
+from benchmarks.latents import CellLatents, Seen, get_latents
+from benchmarks.targets import make_cell
+from diffense.fit import FitSettings, fit_guard
+from diffense.target import Target
+from test_bench import bench, float32  # noqa: F401  (fixtures)
+
+
+@pytest.fixture
+def cell(bench):  # noqa: F811
+    return make_cell("mnist", "badnets", "small_cnn")
+
+
+def make_latents(generator: np.random.Generator) -> CellLatents:
+    """Two taps of 8 entries, three classes, no target behind them."""
+
+    def draw(rows: int, shift: float) -> Seen:
+        labels = generator.integers(0, 3, rows)
+        logits = 4.0 * np.eye(3)[labels] + generator.standard_normal((rows, 3))
+        centre = np.eye(3)[logits.argmax(1)] @ np.random.default_rng(1).standard_normal((3, 16))
+        return Seen(logits, centre + generator.standard_normal((rows, 16)) * 0.5 + shift)
+
+    return CellLatents(draw(500, 0.0), generator.integers(0, 5, 500), 500, draw(200, 0.0), draw(300, 0.0), draw(50, 1.5), 8)
+
+
+def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path):
+    found = prepare_cell(cell, None, print)
+    guard = fit_guard(
+        Target.open(found.target.path), found.clean.pixels, tmp_path / "guard", settings=FitSettings(network="off")
+    )
+    trial = Trial(Fits(get_latents(cell, 0, print), 0), CLOSED)
+    view = inspect_images(guard, found.evaluation.pixels)
+    expected = guard.scorer.score(view.logits, view.latents.reshape(len(view.logits), -1), None).scores
+    assert np.allclose(trial.score(trial.fits.cell.evaluation), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_an_untrained_network_is_the_closed_form(monkeypatch):
+    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)  # no check is reached, so the first weights stay
+    fits = Fits(make_latents(np.random.default_rng(0)), 0)
+    on, off = Trial(fits, DEFAULT), Trial(fits, CLOSED)
+    rows = fits.cell.evaluation
+    whole = on.whole
+    assert np.allclose(
+        on.measure_strangeness(whole, rows) - off.measure_strangeness(whole, rows), 2 * np.log(4.0 / 5.0), atol=1e-4
+    )  # sigma 2: the Gaussian gives back 1/5, so the distance is 4/5
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_every_variant_changes_a_part_and_catches_what_is_far_off(variant, monkeypatch):
+    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
+    figures = command.measure_variant(Fits(make_latents(np.random.default_rng(0)), 0), variant)
+    assert figures["auroc"] > 0.9
+    changed = [f.name for f in fields(Variant) if getattr(variant, f.name) != getattr(DEFAULT, f.name)]
+    assert variant is DEFAULT or set(changed) - {"name", "group"}
+
+
+def test_variant_names_are_their_own():
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_scores_of_one_row_do_not_depend_on_the_others(monkeypatch):
+    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
+    trial = Trial(Fits(make_latents(np.random.default_rng(0)), 0), DEFAULT)
+    rows = trial.fits.cell.triggered
+    assert np.allclose(trial.score(rows)[7:8], trial.score(take_rows(rows, np.array([7]))), rtol=1e-5)
+
+
+def test_measured_variants_are_kept_and_the_rest_goes_on(cell, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "ABLATION", tmp_path / "ablation.json")
+    monkeypatch.setattr(command, "VARIANTS", (CLOSED,))
+    command.run_ablation([cell], [0], [])
+    (row,) = records.read_rows(tmp_path / "ablation.json")
+    assert row["variant"] == CLOSED.name and row["losses"] is None
+    assert command.list_missing([cell], [0], []) == []
+    monkeypatch.setattr(command, "VARIANTS", (CLOSED, DEFAULT))
+    ((_, seed, lacking),) = command.list_missing([cell], [0], [])
+    assert seed == 0 and lacking == [DEFAULT]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--cells", "mnist"], "dataset-attack"), (["--cells", "mnist-no"], "wanet"), (["--groups", "no"], "levels")],
+)
+def test_unknown_names_are_told(arguments, named):
+    with pytest.raises(SystemExit, match=named):
+        command.main(arguments)
