@@ -15,6 +15,7 @@ test: lint
 matrix: $(READY)
 	$(BIN)/python -m benchmarks.matrix
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.plots
 
 lint: $(READY)
 	$(BIN)/ruff check .

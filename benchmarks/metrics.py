@@ -1,6 +1,7 @@
 """The figures of a detector: AUROC, true-positive rates at a realised threshold, attack success behind the guard."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from diffense.calibration import flag, rank_p_values
 from diffense.charts import measure_auroc
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
+
+FALSE_ALARMS: Final = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # where a curve is kept
+BINS: Final = 32  # of the histograms that are kept
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,26 @@ def measure_detection(
         fpr_at_1=float(alarms[1].mean()),
         fpr_at_5=float(alarms[5].mean()),
     )
+
+
+def trace_curve(clean: Scores, triggered: Scores) -> list[float] | None:
+    """True-positive rates at the false-alarm rates of `FALSE_ALARMS`; None without triggered scores."""
+    if not len(triggered):
+        return None
+    ordered = np.sort(np.asarray(clean, np.float64))
+    allowed = [int(rate * len(ordered)) for rate in FALSE_ALARMS]
+    return [round(float((triggered > ordered[len(ordered) - 1 - count]).mean()), 4) for count in allowed]
+
+
+def count_scores(clean: Scores, triggered: Scores) -> dict[str, list[float] | list[int]]:
+    """Histograms of both on equal bins; what lies beyond the last edge counts in the last bin."""
+    low = float(clean.min())
+    high = max(float(clean.max()), low + 1e-6)
+    if len(triggered):
+        high = max(high, float(np.quantile(triggered, 0.99)))
+    edges = np.linspace(low, high, BINS + 1)
+
+    def count(scores: Scores) -> list[int]:
+        return [int(c) for c in np.histogram(np.clip(scores, low, high), edges)[0]]
+
+    return {"edges": [round(low, 4), round(high, 4)], "clean": count(clean), "triggered": count(triggered)}

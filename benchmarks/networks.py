@@ -131,6 +131,7 @@ class StagedResNet(Classifier):
 
     WIDTHS: Final = (64, 256, 256)
     STEM: Final = 32
+    HEAD_SCALE: Final = 1 / 8  # maxima are large; unscaled, the first epoch is lost
 
     def __init__(self, channels: int, classes: int, side: int) -> None:
         super().__init__(channels)
@@ -151,7 +152,7 @@ class StagedResNet(Classifier):
         for stage in self.stages:
             pooled, x = stage(x)
             ends += [pooled, x]
-        highest = functional.adaptive_max_pool2d(x, 1).flatten(1)
+        highest = functional.adaptive_max_pool2d(x, 1).flatten(1) * self.HEAD_SCALE
         return [*ends, highest], self.head(highest)
 
 

@@ -12,8 +12,9 @@ from diffense.errors import OptionError
 DETECTION: Final = RESULTS / "detection.json"
 VARIANTS: Final = RESULTS / "detection_variants.json"
 ABLATION: Final = RESULTS / "ablation.json"
+SHIFT: Final = RESULTS / "shift.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
-MORE_KEYS: Final = ("clean_per_class", "variant")  # each in one kind of file
+MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
 
 Row = dict[str, Any]
 

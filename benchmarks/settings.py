@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -40,3 +41,15 @@ def describe_machine() -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     gpu = "GPU" if Path("/dev/nvidia0").exists() else "no GPU"
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {gpu}"
+
+
+def find_commit() -> str:
+    """Short hash of the checkout's commit, with ``+`` where files differ from it."""
+    run = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "-C", str(ROOT), "status", "--porcelain", "--", "diffense", "benchmarks/peers", "benchmarks/attacks"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (run.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable
 from typing import Final
 
-from benchmarks.attacks import ATTACKS
+from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
-from benchmarks.records import DETECTION, VARIANTS, Row, read_rows
+from benchmarks.records import DETECTION, SHIFT, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
@@ -35,7 +35,7 @@ def average(figures: Iterable[float | None]) -> float | None:
 def name_cell(row: Row) -> str:
     """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked."""
     weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
-    if row["attack"] != "htba" and row["asr_before"] < LEAST_SUCCESS:
+    if row["attack"] not in ("htba", "none") and row["asr_before"] < LEAST_SUCCESS:
         weak += " (weak attack)"
     return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
 
@@ -84,7 +84,7 @@ def render_costs(rows: list[Row]) -> list[str]:
     lines.append(f"| Diffense | 1 | {show(average(row['score_ms'] for row in rows), '.2f')} | all |")
     for name in list_peers(rows):
         found = [row["peers"][name] for row in rows if name in row["peers"]]
-        images = "all" if all(p["images"][0] > 500 for p in found) else "500 + 500"
+        images = "all" if all(peer["images"] != [500, 500] for peer in found) else "500 + 500"
         forwards, milliseconds = (average(peer[key] for peer in found) for key in ("target_forwards", "score_ms"))
         lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
     return lines
@@ -106,18 +106,36 @@ def render_variants(rows: list[Row]) -> list[str]:
     return lines
 
 
-def describe_runs(rows: list[Row]) -> str:
+def render_controls(rows: list[Row]) -> list[str]:
+    """Targets outside the matrix: unpoisoned, or trained by an attacker who knows the guard."""
+    return ["", "## Controls", "", *render_matrix(rows)] if rows else []
+
+
+def render_shifts(rows: list[Row]) -> list[str]:
+    """False-alarm rates on shifted clean images."""
+    lines = [
+        "| target | shift | accuracy | FPR at 1 % / 5 % |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        name = f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}"
+        figures = f"{show(row['accuracy'])} | {show(row['fpr_at_1'])} / {show(row['fpr_at_5'])}"
+        lines.append(f"| {name} | {row['shift']} | {figures} |")
+    return ["", "## Clean images that shift", "", "Thresholds stay as they were calibrated.", "", *lines] if rows else []
+
+
+def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
     """Commits, seeds and machines of the rows."""
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    return f"Target seed {seeds}, guard seed 0, commit {commits}, {machines}."
+    return f"Target seed {seeds}, guard seed {guard_seeds}, commit {commits}, {machines}."
 
 
-def render_page(rows: list[Row], variants: list[Row]) -> str:
+def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     """The whole page."""
-    poisoned = [row for row in rows if row["attack"] != "none"]
-    cells = len(SPECS) * (len(ATTACKS) - 1)
+    poisoned = [row for row in rows if row["attack"] in MATRIX]
+    cells = len(SPECS) * len(MATRIX)
     parts = [
         "# Detection",
         "",
@@ -148,6 +166,8 @@ def render_page(rows: list[Row], variants: list[Row]) -> str:
         "",
         *render_costs(poisoned),
     ]
+    parts += render_controls([row for row in rows if row["attack"] not in MATRIX])
+    parts += render_shifts(shifts)
     if variants:
         parts += ["", "## Fewer clean images, other guard seeds", "", *render_variants(variants)]
     return "\n".join(parts) + "\n"
@@ -155,7 +175,7 @@ def render_page(rows: list[Row], variants: list[Row]) -> str:
 
 def render_summary(rows: list[Row]) -> str:
     """The README's table: each cell with the best peer, worst first."""
-    poisoned = [row for row in rows if row["attack"] != "none"]
+    poisoned = [row for row in rows if row["attack"] in MATRIX]
     lines = [
         "| cell | ASR before → after (5 % FPR) | AUROC | TPR at 1 % FPR | best peer (AUROC) |",
         "| --- | --- | --- | --- | --- |",
@@ -176,4 +196,4 @@ if __name__ == "__main__":
     if "--summary" in sys.argv[1:]:
         print(render_summary(found))
     else:
-        (RESULTS / "detection.md").write_text(render_page(found, read_rows(VARIANTS)))
+        (RESULTS / "detection.md").write_text(render_page(found, read_rows(VARIANTS), read_rows(SHIFT)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 
-from benchmarks.attacks import ATTACKS, find_attack, make_attack
+from benchmarks.attacks import MATRIX, find_attack, make_attack
 from benchmarks.attacks.base import Attack
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.datasets import SPECS, Spec, Split, find_spec, load_split
@@ -60,9 +60,22 @@ def make_cell(dataset: str, attack: str, network: str | None = None, seed: int =
     return Cell(dataset, attack, network, seed)
 
 
+def read_cell(name: str) -> Cell:
+    """``dataset-attack`` or ``dataset-attack-network`` -> cell.
+
+    Raises:
+        OptionError: it is not of that form, or a part is unknown.
+    """
+    dataset, _, rest = name.strip().partition("-")
+    attack, _, network = rest.partition("-")
+    if not attack:
+        raise OptionError(f"{name!r} is no cell; write dataset-attack, gtsrb-wanet for instance")
+    return make_cell(dataset, attack, network or None)
+
+
 def list_cells() -> list[Cell]:
     """The thirty cells: every image set under every attack."""
-    return [make_cell(dataset, attack) for dataset in SPECS for attack in ATTACKS if attack != "none"]
+    return [make_cell(dataset, attack) for dataset in SPECS for attack in MATRIX]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import pytest
 
 from benchmarks import records
 from benchmarks.ablation import __main__ as command
+from benchmarks.ablation import table
 from benchmarks.ablation.trial import Fits, Trial, take_rows
 from benchmarks.ablation.variants import CLOSED, DEFAULT, VARIANTS, Variant
-from benchmarks.evaluation import inspect_images, prepare_cell
+from benchmarks.evaluation import prepare_cell
+from benchmarks.inspection import inspect_images
 from benchmarks.latents import CellLatents, Seen, get_latents
 from benchmarks.targets import make_cell
 from diffense.fit import FitSettings, fit_guard
@@ -31,7 +33,7 @@ def make_latents(generator: np.random.Generator) -> CellLatents:
         centre = np.eye(3)[logits.argmax(1)] @ np.random.default_rng(1).standard_normal((3, 16))
         return Seen(logits, centre + generator.standard_normal((rows, 16)) * 0.5 + shift)
 
-    return CellLatents(draw(500, 0.0), generator.integers(0, 5, 500), 500, draw(200, 0.0), draw(300, 0.0), draw(50, 1.5), 8)
+    return CellLatents(draw(300, 0.0), generator.integers(0, 5, 300), 300, draw(100, 0.0), draw(80, 0.0), draw(20, 1.5), 8)
 
 
 def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path):
@@ -95,3 +97,18 @@ def test_measured_variants_are_kept_and_the_rest_goes_on(cell, monkeypatch, tmp_
 def test_unknown_names_are_told(arguments, named):
     with pytest.raises(SystemExit, match=named):
         command.main(arguments)
+
+
+def test_the_table_has_a_line_a_variant_and_means_over_seeds():
+    rows = [
+        {"dataset": d, "attack": "wanet", "target": "staged_resnet", "seed": 0, "guard_seed": seed, "variant": name,
+         "auroc": auroc, "tpr_at_fpr1": 0.5, "commit": "c", "machine": "m"}
+        for d, name, seed, auroc in (
+            ("gtsrb", "default", 0, 0.98), ("gtsrb", "default", 1, 0.99), ("mnist", "default", 0, 1.0),
+            ("mnist", "level 4", 0, 0.5),
+        )
+    ]  # fmt: skip
+    lines = table.render_table(rows, "auroc", table.show_spread)
+    assert "| default | default | 0.9850 ± 0.0050 | 1.0000 | 0.9925 |" in lines
+    assert "| levels | level 4 | – | 0.5000 | – |" in lines
+    assert "guard seed 0, 1" in table.render_page(rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import datasets, matrix, precision, records, tables, targets
+from benchmarks import datasets, matrix, precision, records, shift, tables, targets
 from benchmarks.attacks import ATTACKS, htba, idba, issba, make_attack
 from benchmarks.attacks.base import to_planes
 from benchmarks.cache import read_entry, write_entry
@@ -16,7 +16,7 @@ from benchmarks.datasets import Images, Spec, Split
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
 from benchmarks.networks import NETWORKS
-from benchmarks.training import augment, predict
+from benchmarks.training import FilterMuon, augment, predict
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
@@ -114,6 +114,30 @@ def test_networks_give_their_logits_and_block_ends(name, channels, side):
         torch.testing.assert_close(network.head(ends[-1]), logits)
 
 
+def test_filters_keep_their_length_and_turn_by_the_rate():
+    conv = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    muon = FilterMuon([conv.weight], 0.1)
+    conv(torch.ones(1, 4, 5, 5)).square().sum().backward()
+    before = conv.weight.detach().clone()
+    muon.step()
+    before *= 8**0.5 / before.norm()  # 8 filters of mean square length 1
+    turned = (conv.weight.detach() - before).flatten(1)
+    values = torch.linalg.svdvals(turned)
+    # An orthogonal step of the rate; Newton and Schulz's iteration leaves the singular values between .7 and 1.2 of it.
+    assert values.max() < 0.13 and torch.linalg.matrix_rank(turned) >= 1
+
+
+def test_the_adaptive_attack_pulls_triggered_features_to_the_target_class():
+    attack = make_attack("wanet_adaptive", replace(SPEC, side=32), 0)
+    labels = torch.cat([torch.zeros(4), torch.arange(36) % 4]).long()
+    clean = torch.randn(40, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    near, far = clean.clone(), clean.clone()
+    near[:4] = clean[4::4].mean((0, 2, 3))[None, :, None, None]
+    far[:4] = 5.0
+    assert attack.penalise([near], labels) < 0.1 * attack.penalise([far], labels)
+    assert attack.penalise([far.requires_grad_()], labels).requires_grad
+
+
 def test_augmentation_moves_by_whole_pixels():
     planes = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(50, 1, 1, 1)
     moved = augment(planes, 2, False, np.random.default_rng(0))
@@ -141,14 +165,14 @@ def test_a_trigger_that_never_works_has_no_detection_rate_and_can_be_recorded(be
     assert 0 <= row["fpr_at_5"] < 0.2
     records.write_detection(row | {"attack": "htba", "asr_before": 0.0})
     (stored,) = records.read_rows(records.DETECTION)
-    assert "| – (–) |" in tables.render_page([stored], []) and "| – | – | – |" in tables.render_summary([stored])
+    assert "| – (–) |" in tables.render_page([stored], [], []) and "| – | – | – |" in tables.render_summary([stored])
 
 
 def test_peers_are_kept_for_the_same_target_alone(bench):
     row = evaluate_cell(targets.make_cell("mnist", "none"), peers=["ratio"]) | {"commit": "a"}
     records.write_detection(row)
     records.write_detection(row | {"commit": "b", "peers": {}})
-    assert set(records.read_rows(records.DETECTION)[0]["peers"]) == {"ratio"}
+    assert set(records.read_rows(records.DETECTION)[0]["peers"]) - {"closed_form"} == {"ratio"}
     records.write_detection(row | {"clean_accuracy": 0.5, "peers": {}})
     assert records.read_rows(records.DETECTION)[0]["peers"] == {}
 
@@ -170,8 +194,8 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     assert again["auroc"] == row["auroc"]
     records.write_detection(again)
     (stored,) = records.read_rows(records.DETECTION)
-    assert set(stored["peers"]) == {"ratio", "scaleup"}, "a run without peers forgot them"
-    page = tables.render_page([stored], [])
+    assert set(stored["peers"]) - {"closed_form"} == {"ratio", "scaleup"}, "a run without peers forgot them"
+    page = tables.render_page([stored], [], [])
     assert "Shapes, BadNets" in page and f"{stored['auroc']:.4f}" in page and "1 of 30 cells" in page
     assert f"{stored['auroc']:.4f}" in tables.render_summary([stored])
 
@@ -205,6 +229,30 @@ def test_a_broken_off_entry_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
     (tmp_path / "e" / "meta.json").write_text("[]")
     assert read_entry(tmp_path / "e", {"r": 1}, print) is None
+
+
+def test_a_peer_that_is_not_defined_for_a_network_says_why_and_stops_nobody(bench, monkeypatch):
+    monkeypatch.setitem(datasets.SPECS, "mnist", replace(SPEC, network="convnext", epochs=1))
+    row = evaluate_cell(targets.make_cell("mnist", "none"), peers=["ibdpsc", "ratio"])
+    assert row["peers"]["ibdpsc"]["auroc"] is None and "batch norm" in row["peers"]["ibdpsc"]["reason"].replace("-", " ")
+    assert row["peers"]["ratio"]["fpr_at_5"] is not None
+    assert "| ibdpsc | – | – |" in tables.render_page([row | {"attack": "htba", "asr_before": 0.0}], [], [])
+
+
+def test_shifted_images_raise_no_error_and_the_plain_ones_nothing(bench):
+    rows = {row["shift"]: row for row in shift.measure_shifts(targets.make_cell("mnist", "none"), print)}
+    assert set(rows) == set(shift.SHIFTS)
+    assert rows["none"]["fpr_at_5"] < 0.2 <= rows["noise 10/255"]["fpr_at_5"] + 0.2
+    assert "| Shapes, unpoisoned | JPEG 50 |" in "\n".join(tables.render_shifts(list(rows.values())))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shifts_keep_shape_and_do_what_they_say(channels):
+    images = np.full((2, 8, 8, channels), 100, np.uint8)
+    shifted = {name: change(images) for name, change in shift.SHIFTS.items()}
+    assert all(found.shape == images.shape and found.dtype == np.uint8 for found in shifted.values())
+    assert (shifted["brightness +25 %"] == 125).all() and (shifted["brightness -10 %"] == 90).all()
+    assert 3 < shifted["noise 5/255"].std() < 7 and (shifted["JPEG 95"] == 100).all()
 
 
 def test_unknown_names_list_the_known_ones(tmp_path, monkeypatch):

@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.ablation.trial import Fits, Trial
 from benchmarks.ablation.variants import VARIANTS, Variant
-from benchmarks.evaluation import find_commit
 from benchmarks.latents import CellLatents, get_latents
 from benchmarks.metrics import measure_detection
 from benchmarks.records import ABLATION, read_rows, write_row
-from benchmarks.settings import describe_machine
-from benchmarks.targets import Cell, make_cell
+from benchmarks.settings import describe_machine, find_commit
+from benchmarks.targets import Cell, read_cell
 from diffense.errors import DiffenseError, OptionError
 
 CELLS: Final = "cifar10-wanet,cifar10-idba,cifar10-issba,gtsrb-wanet,gtsrb-idba,gtsrb-issba"
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--groups", default="", help="of variants; all by default")
     options = parser.parse_args(arguments)
     try:
-        cells = [make_cell(*read_cell(name)) for name in options.cells.split(",")]
+        cells = [read_cell(name) for name in options.cells.split(",")]
         groups = [group for group in options.groups.split(",") if group]
         known = sorted({variant.group for variant in VARIANTS})
         unknown = [group for group in groups if group not in known]
@@ -98,18 +97,6 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"ablation: {error}")
     except KeyboardInterrupt:
         sys.exit("ablation: interrupted; what is finished is kept, run it again to go on")
-
-
-def read_cell(name: str) -> tuple[str, str]:
-    """``dataset-attack`` -> both.
-
-    Raises:
-        OptionError: there is no dash.
-    """
-    dataset, dash, attack = name.strip().partition("-")
-    if not dash:
-        raise OptionError(f"{name!r} is no cell; write dataset-attack, gtsrb-wanet for instance")
-    return dataset, attack
 
 
 if __name__ == "__main__":

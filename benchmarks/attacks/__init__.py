@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from benchmarks.attacks.adaptive import AdaptiveWaNet
 from benchmarks.attacks.badnets import BadNets
 from benchmarks.attacks.base import Attack
 from benchmarks.attacks.htba import Htba
@@ -12,7 +13,8 @@ from benchmarks.attacks.wanet import WaNet
 from benchmarks.datasets import Spec
 from diffense.errors import OptionError
 
-ATTACKS: Final[dict[str, type[Attack]]] = {a.key: a for a in (BadNets, Idba, WaNet, Issba, Htba, Unpoisoned)}
+ATTACKS: Final[dict[str, type[Attack]]] = {a.key: a for a in (BadNets, Idba, WaNet, Issba, Htba, Unpoisoned, AdaptiveWaNet)}
+MATRIX: Final = ("badnets", "idba", "wanet", "issba", "htba")  # the others are controls
 
 
 def find_attack(key: str) -> type[Attack]:

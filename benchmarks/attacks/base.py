@@ -63,6 +63,16 @@ class Attack(ABC):
         labels[:count] = self.target
         return Batch(to_planes(images), torch.from_numpy(labels), torch.zeros(()))
 
+    def penalise(self, ends: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """What an attacker who knows the guard adds to the loss, from the activations of a poisoned batch: nothing by default.
+
+        Args:
+            ends: as from `Classifier.activations`.
+            labels: (N,) as `poison` gave them.
+        """
+        del ends, labels
+        return torch.zeros(())
+
     def step(self, share: float) -> None:
         """Update the attack's own networks after the loss went backward; `share` of the training is done."""
         del share

@@ -1,0 +1,84 @@
+"""Write benchmarks/results/ablation.md from ablation.json.
+
+usage: python -m benchmarks.ablation.table
+"""
+
+from collections.abc import Callable
+from statistics import mean
+
+from benchmarks.ablation.variants import VARIANTS
+from benchmarks.attacks import ATTACKS
+from benchmarks.datasets import SPECS
+from benchmarks.records import ABLATION, Row, read_rows
+from benchmarks.settings import RESULTS
+from benchmarks.tables import describe_runs, show
+
+Key = tuple[str, str, str, int]
+
+
+def find_cell(row: Row) -> Key:
+    """What tells cells apart."""
+    return row["dataset"], row["attack"], row["target"], row["seed"]
+
+
+def name_cell(key: Key) -> str:
+    """As in the table's head."""
+    seed = f", target seed {key[3]}" if key[3] else ""
+    return f"{SPECS[key[0]].title} {ATTACKS[key[1]].title}{seed}"
+
+
+def gather(rows: list[Row], figure: str) -> dict[tuple[Key, str], list[float]]:
+    """The figure of each cell and variant, one a guard seed."""
+    found: dict[tuple[Key, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((find_cell(row), row["variant"]), []).append(row[figure])
+    return found
+
+
+def render_table(rows: list[Row], figure: str, form: Callable[[list[float]], str]) -> list[str]:
+    """Variants by cells, in the order of `VARIANTS`; the last column is the mean, where every cell has a figure."""
+    cells = sorted({find_cell(row) for row in rows})
+    found = gather(rows, figure)
+    lines = [
+        "| part | variant | " + " | ".join(name_cell(key) for key in cells) + " | mean |",
+        "| --- | --- |" + " --- |" * (len(cells) + 1),
+    ]
+    for variant in VARIANTS:
+        figures = [found.get((key, variant.name), []) for key in cells]
+        if any(figures):
+            overall = mean(mean(f) for f in figures) if all(figures) else None
+            shown = [form(f) if f else "–" for f in figures]
+            lines.append(f"| {variant.group} | {variant.name} | " + " | ".join(shown) + f" | {show(overall)} |")
+    return lines
+
+
+def show_spread(figures: list[float]) -> str:
+    """Mean, and half the range where there are several."""
+    spread = f" ± {(max(figures) - min(figures)) / 2:.4f}" if len(figures) > 1 else ""
+    return f"{mean(figures):.4f}{spread}"
+
+
+def render_page(rows: list[Row]) -> str:
+    """The whole page."""
+    seeds = ", ".join(sorted({str(row["guard_seed"]) for row in rows}))
+    parts = [
+        "# Ablation",
+        "",
+        f"Written by `python -m benchmarks.ablation.table` from `ablation.json`. {describe_runs(rows, seeds)}",
+        "",
+        "Each line is the default with one part changed. At most 3,000 clean and 3,000 triggered evaluation images a cell; "
+        "mean over the guard's seeds ± half the range.",
+        "",
+        "## AUROC",
+        "",
+        *render_table(rows, "auroc", show_spread),
+        "",
+        "## TPR at 1 % FPR",
+        "",
+        *render_table(rows, "tpr_at_fpr1", lambda figures: f"{mean(figures):.3f}"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    (RESULTS / "ablation.md").write_text(render_page(read_rows(ABLATION)))
