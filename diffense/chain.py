@@ -17,11 +17,9 @@ class Chain:
 
     Attributes:
         transform: (W, W), block upper triangular; columns of tap k read the rows of taps 0..k.
-        basis: K arrays (d_k, d_k), eigenvectors of the error covariance, columns by rising variance.
     """
 
     transform: Matrix
-    basis: tuple[Matrix, ...]
 
 
 def shrink_covariance(centred: Matrix) -> Matrix:
@@ -45,19 +43,18 @@ def fit_chain(
     width: int,
     used: NDArray[np.bool_],
     sigma: float,
-    basis: tuple[Matrix, ...] | None = None,
 ) -> Chain:
     """Fit the chain on clean residuals.
 
     Tap k is guessed from the shallower taps o, seen at noise sigma: ``B = C_ko (C_oo + sigma^2 I)^-1``; its error has the
-    covariance ``V = C_kk - B C_ok``, and the innovation is ``E' V^(-1/2) (r_k - B r_o)`` with V's eigenvectors E.
+    covariance ``V = C_kk - B C_ok``, and the innovation is ``V^(-1/2) (r_k - B r_o)`` with V's symmetric root, so that an entry
+    of the innovation belongs to the entry of the tap: leading entries are the directions that vary most within classes.
 
     Args:
         residual: (n, W) clean latents minus their guided mean.
         width: d.
         used: (W,) False where an entry is padding.
         sigma: noise at which the shallower taps are seen, > 0.
-        basis: eigenvectors of another chain to turn into, so that folds of one data set share their directions.
 
     Returns:
         The chain; innovations of the fitted rows have about unit variance.
@@ -65,7 +62,7 @@ def fit_chain(
     size = residual.shape[1]
     covariance = np.zeros((size, size))
     covariance[np.ix_(used, used)] = shrink_covariance(residual[:, used])
-    transform, found = np.zeros((size, size)), []
+    transform = np.zeros((size, size))
     for tap in range(size // width):
         k = np.flatnonzero(used[tap * width : (tap + 1) * width]) + tap * width
         o = np.flatnonzero(used[: tap * width])
@@ -74,13 +71,11 @@ def fit_chain(
         error = covariance[np.ix_(k, k)] - guess @ covariance[np.ix_(o, k)]
         values, vectors = np.linalg.eigh((error + error.T) / 2.0)
         values = np.maximum(values, 1e-9 * values.max(initial=0.0))  # a tap that never moves has none
-        turn = basis[tap] if basis else vectors
-        whiten = (vectors / np.sqrt(values)) @ vectors.T @ turn  # symmetric root, then the shared directions
+        whiten = (vectors / np.sqrt(values)) @ vectors.T
         out = slice(tap * width, tap * width + len(k))
         transform[k, out] = whiten
         transform[o, out] = -guess.T @ whiten
-        found.append(turn)
-    return Chain(transform, tuple(found))
+    return Chain(transform)
 
 
 def assign_folds(groups: NDArray[np.int64], folds: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -47,12 +47,11 @@ class LatentSet:
     probabilities: bool
     chain_sigma: float
 
-    def fit_linear(self, rows: NDArray[np.bool_], whole: tuple[Guidance, Chain] | None = None) -> tuple[Guidance, Chain]:
-        """Fit guidance and chain on these rows; with those of the whole set given, in their coordinates."""
-        like, basis = (whole[0], whole[1].basis) if whole else (None, None)
+    def fit_linear(self, rows: NDArray[np.bool_], like: Guidance | None = None) -> tuple[Guidance, Chain]:
+        """Fit guidance and chain on these rows; with the guidance of the whole set given, their guide is the same."""
         guidance = fit_guidance(self.latents[rows], self.logits[rows], self.kind, self.probabilities, like)
         residual = self.guide(guidance, rows)[1]
-        return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma, basis)
+        return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma)
 
     def guide(self, guidance: Guidance, rows: NDArray[np.bool_]) -> tuple[Matrix, Matrix]:
         """(n, G) guide and (n, W) residual of these rows."""
@@ -72,8 +71,8 @@ class CrossFit:
     parts: list[tuple[Guidance, Chain]]
 
 
-def cross_fit(clean: LatentSet, whole: tuple[Guidance, Chain], generator: np.random.Generator) -> CrossFit:
-    """Fit guidance and chain once for each fold, on the rows of the others, in the coordinates of the `whole`."""
+def cross_fit(clean: LatentSet, whole: Guidance, generator: np.random.Generator) -> CrossFit:
+    """Fit guidance and chain once for each fold, on the rows of the others, with the guide of the `whole`."""
     labels = clean.logits[: clean.originals].argmax(axis=1)
     folds = assign_folds(labels, FOLDS, generator)[clean.source]
     return CrossFit(folds, [clean.fit_linear(folds != fold, whole) for fold in range(FOLDS)])
@@ -102,18 +101,17 @@ def learn_network(
     from diffense.learning import Innovations, train_denoiser  # torch, only where something is trained
 
     size = clean.latents.shape[1]
-    innovation, residual = np.zeros((len(clean.source), size)), np.zeros((len(clean.source), size))
+    innovation = np.zeros((len(clean.source), size))
     for fold, (fold_guidance, chain) in enumerate(crossed.parts):
         rows = crossed.folds == fold
-        residual[rows] = clean.guide(fold_guidance, rows)[1]
-        innovation[rows] = residual[rows] @ chain.transform
+        innovation[rows] = clean.guide(fold_guidance, rows)[1] @ chain.transform
     everything = np.ones(len(clean.source), bool)
     guide = clean.guide(guidance, everything)[0]
     held_out = crossed.folds == VALIDATION_FOLD
     originals = np.arange(len(clean.source)) < clean.originals
 
     def pick(rows: NDArray[np.bool_]) -> Innovations:
-        return Innovations(*(a[rows].astype(np.float32) for a in (innovation, residual, guide)))
+        return Innovations(*(a[rows].astype(np.float32) for a in (innovation, guide)))
 
     learned = train_denoiser(pick(~held_out), pick(held_out & originals), clean.used, sigmas, clean.width, steps, seed, report)
     better = learned.loss <= GAIN * learned.gaussian_loss

@@ -1,6 +1,7 @@
-"""The learned part: a network that restores noised innovations under the label and the shallower taps.
+"""The learned part: a network that restores noised innovations under the guide: the label and how sure the target is of it.
 
-``D(u + sigma n; sigma, k, c, z_<k) = c_skip x + c_out F``. The last layer starts at zero, so the untrained denoiser is
+``D(u + sigma n; sigma, k, guide) = c_skip x + c_out F``. It does not see the other taps: shown the shallower ones, it explains
+the anomaly of the deep taps by theirs (docs/decisions/0005). The last layer starts at zero, so the untrained denoiser is
 the best one for a standard Gaussian, and the guard then is the closed-form chain.
 
 Shapes: N images, M rows (levels times draws), K taps of width d, W = K d, G guide entries, H hidden units.
@@ -13,16 +14,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from diffense.names import GUIDE, NOISED, RESIDUAL, SAMPLE, SIGMA
+from diffense.names import GUIDE, NOISED, SAMPLE, SIGMA
 from diffense.onnx_arrays import WEIGHT_PREFIX, OnnxNamespace
 from diffense.precond import scale
 
 HIDDEN: Final = 128
 BLOCKS: Final = 2
 PER_TAP: Final = "nmka,kab->nmkb"  # each tap with a matrix of its own
-SHALLOWER: Final = "shallower"  # (K, W) mask of the taps that tap k may see
 NOISE_FREQUENCIES: Final = tuple(2.0**i for i in range(-2, 4))  # of c_noise, enough to tell sigma .1 from .12
-CONSTANTS: Final = frozenset({SHALLOWER, "frequencies", "phases"})  # stored with the weights, never trained
+CONSTANTS: Final = frozenset({"frequencies", "phases"})  # stored with the weights, never trained
 
 
 def init_weights(
@@ -48,10 +48,8 @@ def init_weights(
         return np.zeros(shape, np.float32)
 
     weights = {
-        SHALLOWER: np.repeat(np.tril(np.ones((taps, taps), np.float32), -1), width, axis=1),
         "frequencies": np.repeat(np.array(NOISE_FREQUENCIES, np.float32), 2),
         "phases": np.tile(np.array([0, 1], np.float32), len(NOISE_FREQUENCIES)),
-        "context_residual": dense(taps * width, units, 0.5),
         "context_guide": dense(guide, units, np.sqrt(guide)),
         "context_tap": dense(taps, units, np.sqrt(taps)),
         "context": dense(units, units),
@@ -73,7 +71,6 @@ def denoise(
     weights: Mapping[str, Any],
     noised: Any,
     sigma: Any,
-    residual: Any,
     guide: Any,
     *,
     shape: tuple[int, int, int],
@@ -86,7 +83,6 @@ def denoise(
         weights: as from `init_weights`, arrays of ``xp``.
         noised: (N, M, W) innovations with noise added.
         sigma: (N, M, K) standard deviation of that noise, per row and tap.
-        residual: (N, W) latents minus their guided mean; tap k sees those of the taps before it.
         guide: (N, G) label guide.
         shape: (M, K, d).
         label_guidance: w; 1 is the conditional denoiser itself.
@@ -102,7 +98,7 @@ def denoise(
     hidden = embed_rows(weights, x * c_in, c_noise, xp)
 
     def restore(label: Any) -> Any:
-        context = embed_context(weights, residual, label, taps, width, xp)
+        context = embed_context(weights, label, taps, xp)
         return c_skip * x + c_out * predict(weights, hidden, context, xp)
 
     restored = restore(guide)
@@ -118,12 +114,10 @@ def embed_rows(weights: Mapping[str, Any], scaled: Any, c_noise: Any, xp: Any) -
     return xp.einsum(PER_TAP, scaled, weights["in"]) + phases @ weights["noise"] + weights["in_bias"]
 
 
-def embed_context(weights: Mapping[str, Any], residual: Any, guide: Any, taps: int, width: int, xp: Any) -> Any:
-    """(N, W) residual and (N, G) guide -> (N, 1, K, H); tap k is not shown its own nor any deeper latent."""
-    seen = xp.reshape(residual, (-1, 1, taps * width)) * weights[SHALLOWER]
-    context = seen @ weights["context_residual"] + weights["context_tap"]
+def embed_context(weights: Mapping[str, Any], guide: Any, taps: int, xp: Any) -> Any:
+    """(N, G) guide -> (N, 1, K, H), what each tap's rows are modulated by."""
     units = weights["in_bias"].shape[0]
-    context = context + xp.reshape(guide @ weights["context_guide"], (-1, 1, units))
+    context = xp.reshape(guide @ weights["context_guide"], (-1, 1, units)) + weights["context_tap"]
     context = silu(silu(context, xp) @ weights["context"], xp)
     return xp.reshape(context, (-1, 1, taps, units))
 
@@ -144,19 +138,18 @@ def silu(x: Any, xp: Any) -> Any:
 
 
 def build_denoiser(weights: Mapping[str, NDArray[np.float32]], shape: tuple[int, int, int], label_guidance: float) -> ir.Model:
-    """Write the denoiser as an ONNX graph: noised, sigma, residual, guide -> sample, float32, N dynamic."""
+    """Write the denoiser as an ONNX graph: noised, sigma, guide -> sample, float32, N dynamic."""
     rows, taps, width = shape
     guide_size = weights["context_guide"].shape[0]
     xp = OnnxNamespace()
     inputs = [
         xp.input(NOISED, ["batch", rows, taps * width]),
         xp.input(SIGMA, ["batch", rows, taps]),
-        xp.input(RESIDUAL, ["batch", taps * width]),
         xp.input(GUIDE, ["batch", guide_size]),
     ]
-    noised, sigma, residual, guide = inputs
+    noised, sigma, guide = inputs
     named = {name: xp.weight(name, array) for name, array in weights.items()}
-    restored = denoise(named, noised, sigma, residual, guide, shape=shape, label_guidance=label_guidance, xp=xp)
+    restored = denoise(named, noised, sigma, guide, shape=shape, label_guidance=label_guidance, xp=xp)
     return xp.build(inputs, {SAMPLE: (restored, ["batch", rows, taps * width])})
 
 

@@ -32,10 +32,10 @@ from diffense.manifest import (
 )
 from diffense.names import DENOISER_FILE, TAPPED_FILE
 from diffense.preparation import prepare_clean
+from diffense.rule import fit_rule
 from diffense.sampling import draw_noise, lay_ladder
-from diffense.scorer import Scorer
+from diffense.scorer import Scorer, name_evidence
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
-from diffense.surprise import Surprise, fit_surprise
 from diffense.tapping import compare_shared, write_tapped
 from diffense.target import Target
 
@@ -64,7 +64,7 @@ class FitSettings:
     network: Literal["auto", "on", "off"] = "auto"
     guide: Literal["auto", "label", "logits"] = "auto"
     seed: int = 0
-    chain_sigma: float = 0.3
+    chain_sigma: float = 1.0
     sigmas: tuple[float | tuple[float, ...], ...] = (2.0,)
     steps: int = 1
     draws: int = 4
@@ -228,7 +228,7 @@ def fit_scorer(
         latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
     )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
-    crossed = cross_fit(latent_set, whole, generator)
+    crossed = cross_fit(latent_set, whole[0], generator)
     weights, network = learn_network(
         latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report
     )
@@ -248,9 +248,9 @@ def fit_scorer(
     reference = measure_reference(latent_set, crossed, formula, denoise)
     allowance = fit_allowance(reference.mismatch, reference.doubt)
     formula = replace(formula, allowance=allowance)
-    parts = [fit_surprise(e) for e in (reference.strange, allow(allowance, reference.mismatch, reference.doubt, np))]
-    surprise = Surprise(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("knots", "slopes")))
-    scorer = Scorer(formula, surprise, used, np.zeros(1, np.float32), settings.alpha, network.used)
+    mismatch = allow(allowance, reference.mismatch, reference.doubt, np)
+    rule = fit_rule([reference.strange, mismatch], name_evidence(formula, used, network.used))
+    scorer = Scorer(formula, rule, used, np.zeros(1, np.float32), settings.alpha, network.used)
     return latent_set, scorer, weights, network
 
 

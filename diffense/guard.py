@@ -14,7 +14,8 @@ from diffense.errors import ImageError, WrongTargetError
 from diffense.graphs import hash_target, open_session, run_batched
 from diffense.images import Preprocessing
 from diffense.manifest import Manifest, check_files, read_manifest
-from diffense.names import DENOISER_FILE, GUIDE, LATENTS, MANIFEST_FILE, NOISED, RESIDUAL, SAMPLE, SIGMA, TAPPED_FILE
+from diffense.names import DENOISER_FILE, GUIDE, LATENTS, MANIFEST_FILE, NOISED, SAMPLE, SIGMA, TAPPED_FILE
+from diffense.rule import name_groups, share_score
 from diffense.sampling import Denoise
 from diffense.scorer import Scored, Scorer
 from diffense.surprise import find_surprise
@@ -155,7 +156,7 @@ class Guard:
         """Say which tap and band spoke for one (H, W, C) uint8 image."""
         logits, latents = self.run(image[None])
         distances = self.scorer.measure(logits, latents, self.denoise)
-        surprises = find_surprise(self.scorer.surprise, distances, np)[0]
+        surprises = find_surprise(self.scorer.rule.pieces, distances, np)[0]
         scores = self.scorer.weigh(distances)
         p_values, flagged = self.scorer.judge(scores)
         taps = [tap.name for tap in self.manifest.taps]
@@ -163,7 +164,10 @@ class Guard:
             Finding(e.kind, taps[e.tap], e.band, e.level, float(np.exp(distance)), float(surprise))
             for e, distance, surprise in zip(self.scorer.evidence, distances[0], surprises, strict=True)
         ]
-        loudness = {tap: sum(row.surprise**2 for row in rows if row.tap == tap) for tap in taps}
+        shares = share_score(self.scorer.rule, surprises[None], np)[0]
+        loudness = dict.fromkeys(taps, 0.0)
+        for (_, tap), share in zip(name_groups(self.scorer.evidence), shares, strict=True):
+            loudness[taps[tap]] += float(share)
         return Explanation(
             float(scores[0]),
             float(p_values[0]),
@@ -175,10 +179,10 @@ class Guard:
 
 
 def open_denoiser(graph: Path | ir.Model) -> Denoise:
-    """Open a denoiser graph as a function of (noised, sigma, residual, guide), all float32."""
+    """Open a denoiser graph as a function of (noised, sigma, guide), all float32."""
     session = open_session(graph)
 
-    def step(noised: Any, sigma: Any, residual: Any, guide: Any) -> Any:
-        return session.run([SAMPLE], {NOISED: noised, SIGMA: sigma, RESIDUAL: residual, GUIDE: guide})[0]
+    def step(noised: Any, sigma: Any, guide: Any) -> Any:
+        return session.run([SAMPLE], {NOISED: noised, SIGMA: sigma, GUIDE: guide})[0]
 
     return step

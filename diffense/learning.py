@@ -28,12 +28,10 @@ class Innovations:
 
     Attributes:
         innovation: (n, W) float32.
-        residual: (n, W) float32.
         guide: (n, G) float32.
     """
 
     innovation: NDArray[np.float32]
-    residual: NDArray[np.float32]
     guide: NDArray[np.float32]
 
 
@@ -80,14 +78,14 @@ def train_denoiser(
     optimizer = torch.optim.AdamW([weights[k] for k in trained], lr=RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
-    data = [torch.from_numpy(a).to(device) for a in (rows.innovation, rows.residual, rows.guide)]
+    data = [torch.from_numpy(a).to(device) for a in (rows.innovation, rows.guide)]
     mask = torch.from_numpy(used.astype(np.float32)).to(device)
     gaussian = validate({k: torch.from_numpy(v).to(device) for k, v in start.items()}, validation, used, sigmas, width)
     best = Learned(start, gaussian, gaussian, 0)
     for step in range(1, steps + 1):
         batch = torch.randint(len(rows.innovation), (BATCH,), generator=generator)
-        u, residual, guide = (d[batch.to(device)] for d in data)
-        loss = _find_loss(weights, u, residual, guide, mask, (DRAWS, taps, width), generator)
+        u, guide = (d[batch.to(device)] for d in data)
+        loss = _find_loss(weights, u, guide, mask, (DRAWS, taps, width), generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,7 +108,6 @@ def train_denoiser(
 def _find_loss(
     weights: dict[str, Any],
     u: Any,
-    residual: Any,
     guide: Any,
     mask: Any,
     shape: tuple[int, int, int],
@@ -127,7 +124,6 @@ def _find_loss(
         weights,
         (u[:, None] + per_entry * noise) * mask,
         sigma,
-        residual,
         guide * kept,
         shape=shape,
         label_guidance=1.0,
@@ -152,13 +148,11 @@ def validate(
     total = 0.0
     with torch.no_grad():
         for i in range(0, len(rows.innovation), 256):
-            u, residual, guide = (
-                torch.from_numpy(a[i : i + 256]).to(device) for a in (rows.innovation, rows.residual, rows.guide)
-            )
+            u, guide = (torch.from_numpy(a[i : i + 256]).to(device) for a in (rows.innovation, rows.guide))
             noised = (u[:, None] + torch.from_numpy(noise * per_entry * used).to(device)).float()
             sigma = torch.from_numpy(per_row).to(device).expand(len(u), -1, -1)
             shape = (len(per_row), taps, width)
-            restored = denoise(weights, noised, sigma, residual, guide, shape=shape, label_guidance=1.0, xp=torch)
+            restored = denoise(weights, noised, sigma, guide, shape=shape, label_guidance=1.0, xp=torch)
             error = ((restored - u[:, None]) ** 2).double().cpu().numpy()
             total += float((error * (per_entry**2 + 1.0) / per_entry**2 * used).sum())
     return total / (len(rows.innovation) * len(per_row) * int(used.sum()))

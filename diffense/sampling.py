@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 SIGMA_MIN: Final = 0.02  # last noise level of a ladder of several steps, EDM's default divided by its schedule's scale
 RHO: Final = 7.0  # EDM's schedule exponent (eq. 5)
 
-Denoise = Callable[[Any, Any, Any, Any], Any]
-"""(noised (N, M, W), sigma (N, M, K), residual (N, W), guide (N, G)) -> sample (N, M, W): one guided step."""
+Denoise = Callable[[Any, Any, Any], Any]
+"""(noised (N, M, W), sigma (N, M, K), guide (N, G)) -> sample (N, M, W): one guided step."""
 
 
 def draw_noise(levels: int, draws: int, size: int, seed: int) -> NDArray[np.float32]:
@@ -62,7 +62,6 @@ def pull(restored: Any, innovation: Any, sigma: Any, weight: float) -> Any:
 def sample(
     denoise: Denoise,
     innovation: Any,
-    residual: Any,
     guide: Any,
     *,
     noise: Any,
@@ -77,7 +76,6 @@ def sample(
     Args:
         denoise: one guided step for all rows.
         innovation: (N, W) of the inspected inputs.
-        residual: (N, W) what the taps are guided by.
         guide: (N, G).
         noise: (M, W) from `draw_noise`, M = L R.
         ladder: (steps + 1, L, K) from `lay_ladder`.
@@ -97,7 +95,7 @@ def sample(
     x = inspected + xp.asarray(noise * per_entry[0])
     for now, following, sigma in zip(per_entry[:-1], per_entry[1:], per_row[:-1], strict=True):
         level = xp.asarray(now)
-        restored = denoise(x, nothing + xp.asarray(sigma), residual, guide)
+        restored = denoise(x, nothing + xp.asarray(sigma), guide)
         restored = pull(restored, inspected, level, data_guidance) if data_guidance else restored
         # The step to sigma 0 lands on the restored value itself; written out it would divide rounding errors by sigma.
         x = restored if not following.any() else x + xp.asarray(following - now) * ((x - restored) / level)

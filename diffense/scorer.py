@@ -15,18 +15,17 @@ from diffense.errors import TamperedError
 from diffense.guidance import Guidance, one_hot
 from diffense.manifest import Manifest, check_files, read_manifest
 from diffense.names import ARRAYS_FILE, FLAGGED_YES, PASSED
+from diffense.rule import Rule, combine, group_evidence
 from diffense.sampling import Denoise, in_float32
 from diffense.scoring import (
     Allowance,
     Evidence,
     Formula,
-    combine,
     lay_bands,
     list_evidence,
     measure,
-    weigh_evidence,
 )
-from diffense.surprise import Surprise, find_surprise
+from diffense.surprise import Surprise
 
 
 class Scored(NamedTuple):
@@ -44,7 +43,7 @@ class Scorer:
 
     Attributes:
         formula: constants of the score.
-        surprise: clean statistics of the evidence.
+        rule: clean statistics of the evidence, and how it is combined.
         used: (W,) False where a latent entry is padding.
         calibration: (n,) ascending float32 scores of clean images used for nothing else.
         alpha: false-alarm rate.
@@ -52,7 +51,7 @@ class Scorer:
     """
 
     formula: Formula
-    surprise: Surprise
+    rule: Rule
     used: NDArray[np.bool_]
     calibration: NDArray[np.float32]
     alpha: float
@@ -80,16 +79,9 @@ class Scorer:
         return self.formula.guidance.means.shape[0]
 
     @cached_property
-    def weights(self) -> NDArray[np.float64]:
-        """(E,) weights of the evidence."""
-        return weigh_evidence(self.evidence)
-
-    @cached_property
     def evidence(self) -> list[Evidence]:
         """The E pieces of evidence, in the order of `measure`."""
-        _, names = lay_bands(self.used, self.formula.width)
-        levels = self.formula.ladder.shape[1] if self.needs_denoiser else 1
-        return list_evidence(names, levels, len(self.used) // self.formula.width)
+        return name_evidence(self.formula, self.used, self.needs_denoiser)
 
     @property
     def threshold(self) -> float:
@@ -105,8 +97,7 @@ class Scorer:
 
     def weigh(self, log_distances: NDArray[np.float64]) -> NDArray[np.float32]:
         """(N, E) log distances -> (N,) scores."""
-        surprises = find_surprise(self.surprise, log_distances, np)
-        return np.asarray(combine(surprises, self.weights, np), np.float32)
+        return np.asarray(combine(self.rule, log_distances, np), np.float32)
 
     def judge(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """(N,) scores -> p-values and flags."""
@@ -127,6 +118,13 @@ class Scorer:
         return Scored(scores, p_values, flagged, np.asarray(logits).reshape(len(scores), self.classes).argmax(axis=1))
 
 
+def name_evidence(formula: Formula, used: NDArray[np.bool_], networked: bool) -> list[Evidence]:
+    """The columns of `measure`; without a network there are no levels."""
+    _, names = lay_bands(used, formula.width)
+    levels = formula.ladder.shape[1] if networked else 1
+    return list_evidence(names, levels, len(used) // formula.width)
+
+
 def pack_scorer(scorer: Scorer) -> bytes:
     """The scorer's arrays as a safetensors file, the same bytes for the same scorer."""
     guidance, formula = scorer.formula.guidance, scorer.formula
@@ -145,8 +143,10 @@ def pack_scorer(scorer: Scorer) -> bytes:
         "transform": formula.transform,
         "noise": formula.noise,
         "ladder": formula.ladder,
-        "knots": scorer.surprise.knots,
-        "slopes": scorer.surprise.slopes,
+        "knots": scorer.rule.pieces.knots,
+        "slopes": scorer.rule.pieces.slopes,
+        "tap_knots": scorer.rule.taps.knots,
+        "tap_slopes": scorer.rule.taps.slopes,
         "used": scorer.used.astype(np.uint8),
         "calibration": scorer.calibration,
     }
@@ -206,8 +206,10 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
         manifest.probabilities,
         Allowance(wide["allowance_mean"], wide["allowance_spread"]),
     )
-    surprise = Surprise(wide["knots"], wide["slopes"])
-    scorer = Scorer(formula, surprise, used, calibration, manifest.alpha, manifest.network.used)
-    if surprise.knots.shape != surprise.slopes.shape or len(surprise.knots) != len(scorer.evidence):
-        raise ValueError(f"knots of {len(surprise.knots)} pieces of evidence, not {len(scorer.evidence)}")
-    return scorer
+    evidence = name_evidence(formula, used, manifest.network.used)
+    groups, weights = group_evidence(evidence)
+    pieces, taps = Surprise(wide["knots"], wide["slopes"]), Surprise(wide["tap_knots"], wide["tap_slopes"])
+    for surprise, count in ((pieces, len(evidence)), (taps, len(weights))):
+        if surprise.knots.shape != surprise.slopes.shape or len(surprise.knots) != count:
+            raise ValueError(f"knots of {len(surprise.knots)} numbers, not {count}")
+    return Scorer(formula, Rule(pieces, groups, taps, weights), used, calibration, manifest.alpha, manifest.network.used)

@@ -1,6 +1,6 @@
-"""From latents to one score: distances per (level, tap, band), the label mismatch per tap, their surprises, one number.
+"""From latents to evidence: distances per (level, tap, band) and the label mismatch per tap; `rule` makes one score of it.
 
-The score is higher for more suspicious inputs. N inputs, W = K d latent entries, C classes, G guide entries, E pieces of
+Evidence is higher for more suspicious inputs. N inputs, W = K d latent entries, C classes, G guide entries, E pieces of
 evidence.
 """
 
@@ -162,7 +162,6 @@ def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: De
     samples = sample(
         denoise,
         innovation,
-        residual,
         guide,
         noise=formula.noise,
         ladder=formula.ladder,
@@ -207,14 +206,3 @@ def allow(allowance: Allowance, log_mismatch: Any, doubt: Any, xp: Any) -> Any:
     """(N, K) log mismatch and (N, 1) doubt -> (N, K) deviation from clean inputs of equal doubt, in their spread."""
     deviation = log_mismatch - (doubt * allowance.mean[1:] + allowance.mean[:1])
     return deviation * xp.exp((doubt * allowance.spread[1:] + allowance.spread[:1]) * -1.0)
-
-
-def weigh_evidence(evidence: list[Evidence]) -> NDArray[np.float64]:
-    """(E,) weights that sum to one: strangeness and mismatch count alike, however many bands there are."""
-    kinds = [e.kind for e in evidence]
-    return np.array([1.0 / (kinds.count(kind) * len(set(kinds))) for kind in kinds])
-
-
-def combine(surprises: Any, weights: NDArray[np.float64], xp: Any) -> Any:
-    """(N, E) -> (N,): root of the weighted mean of squared ``-log p``; one-sided, so less strange than usual costs nothing."""
-    return xp.sqrt(xp.sum(surprises * surprises * weights, axis=1))

@@ -11,7 +11,7 @@ from fake_triton import FakeBackend, Request, TritonError
 
 VERDICTS = list(names.VERDICT_TENSORS)
 ALL = ["logits", *VERDICTS]
-DENOISER_INPUTS = (names.NOISED, names.SIGMA, names.RESIDUAL, names.GUIDE)
+DENOISER_INPUTS = (names.NOISED, names.SIGMA, names.GUIDE)
 WIRING = Wiring(
     model="m",
     outputs=("logits",),

@@ -21,8 +21,7 @@ def weights():
 def operands():
     noised = RNG.normal(size=(COUNT, ROWS, TAPS * WIDTH)).astype(np.float32)
     sigma = np.exp(RNG.uniform(-2, 1, size=(COUNT, ROWS, TAPS))).astype(np.float32)
-    residual = RNG.normal(size=(COUNT, TAPS * WIDTH)).astype(np.float32)
-    return noised, sigma, residual, np.eye(GUIDE, dtype=np.float32)[RNG.integers(0, GUIDE, COUNT)]
+    return noised, sigma, np.eye(GUIDE, dtype=np.float32)[RNG.integers(0, GUIDE, COUNT)]
 
 
 def run(weights, operands, label_guidance=1.0):
@@ -38,30 +37,19 @@ def test_untrained_it_is_the_denoiser_of_a_standard_gaussian(operands):
 @pytest.mark.parametrize("label_guidance", [1.0, 2.0])
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 80.0])
 def test_graph_torch_and_numpy_agree(weights, operands, sigma, label_guidance):
-    noised, _, residual, guide = operands
+    noised, _, guide = operands
     level = np.full((COUNT, ROWS, TAPS), sigma, np.float32)
-    want = run(weights, (noised, level, residual, guide), label_guidance)
+    want = run(weights, (noised, level, guide), label_guidance)
     tensors = {k: torch.from_numpy(v) for k, v in weights.items()}
-    inputs = [torch.from_numpy(a) for a in (noised, level, residual, guide)]
+    inputs = [torch.from_numpy(a) for a in (noised, level, guide)]
     by_torch = denoise(tensors, *inputs, shape=SHAPE, label_guidance=label_guidance, xp=torch).numpy()
-    feed = {"noised": noised, "sigma": level, "residual": residual, "guide": guide}
+    feed = {"noised": noised, "sigma": level, "guide": guide}
     by_graph = open_session(build_denoiser(weights, SHAPE, label_guidance)).run(None, feed)[0]
     np.testing.assert_allclose(by_torch, want, atol=2e-5 * max(1.0, np.abs(want).max()))
     np.testing.assert_allclose(by_graph, want, atol=2e-5 * max(1.0, np.abs(want).max()))
 
 
-def test_a_tap_sees_the_shallower_taps_and_no_others(weights, operands):
-    noised, sigma, residual, guide = operands
-    before = run(weights, operands).reshape(COUNT, ROWS, TAPS, WIDTH)
-    for changed in range(TAPS):
-        other = residual.copy()
-        other[:, changed * WIDTH : (changed + 1) * WIDTH] += 1
-        after = run(weights, (noised, sigma, other, guide)).reshape(COUNT, ROWS, TAPS, WIDTH)
-        same = [np.array_equal(before[:, :, tap], after[:, :, tap]) for tap in range(TAPS)]
-        assert same == [tap <= changed for tap in range(TAPS)]
-
-
-def test_a_tap_does_not_see_the_noised_values_or_levels_of_others(weights, operands):
+def test_a_tap_does_not_see_the_values_or_levels_of_others(weights, operands):
     before = run(weights, operands).reshape(COUNT, ROWS, TAPS, WIDTH)
     for changed in range(TAPS):
         noised, sigma = operands[0].copy(), operands[1].copy()
@@ -74,20 +62,20 @@ def test_a_tap_does_not_see_the_noised_values_or_levels_of_others(weights, opera
 
 
 def test_rows_and_images_are_restored_each_for_itself(weights, operands):
-    noised, sigma, residual, guide = operands
+    noised, sigma, guide = operands
     whole = run(weights, operands)
     np.testing.assert_allclose(run(weights, [o[2:3] for o in operands]), whole[2:3], atol=1e-5)
-    np.testing.assert_allclose(run(weights, (noised[:, ::-1], sigma[:, ::-1], residual, guide)), whole[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(run(weights, (noised[:, ::-1], sigma[:, ::-1], guide)), whole[:, ::-1], atol=1e-5)
 
 
 def test_next_to_no_noise_changes_next_to_nothing(weights, operands):
-    noised, sigma, residual, guide = operands
-    np.testing.assert_allclose(run(weights, (noised, sigma * 0 + 1e-5, residual, guide)), noised, atol=1e-3)
+    noised, sigma, guide = operands
+    np.testing.assert_allclose(run(weights, (noised, sigma * 0 + 1e-5, guide)), noised, atol=1e-3)
 
 
 def test_label_guidance_is_linear_in_its_weight(weights, operands):
-    noised, sigma, residual, guide = operands
-    none, label = run(weights, (noised, sigma, residual, guide * 0)), run(weights, operands)
+    noised, sigma, guide = operands
+    none, label = run(weights, (noised, sigma, guide * 0)), run(weights, operands)
     assert np.abs(none - label).max() > 1e-3
     for w in (0.0, 2.0, -1.0):
         np.testing.assert_allclose(run(weights, operands, w), none + w * (label - none), atol=1e-5)

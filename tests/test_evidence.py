@@ -16,18 +16,17 @@ from diffense.crossfit import cross_fit, measure_reference
 from diffense.denoiser import denoise, init_weights
 from diffense.fit import FitSettings, fit_scorer, ignore_progress
 from diffense.guidance import one_hot
+from diffense.rule import combine, combine_surprises, fit_rule, group_evidence
 from diffense.sampling import draw_noise, in_float32, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import (
     BAND_EDGES,
     Formula,
-    combine,
     lay_bands,
     list_evidence,
     measure,
     measure_mismatch,
     measure_strangeness,
-    weigh_evidence,
 )
 from diffense.surprise import QUANTILES, find_surprise, fit_surprise
 from diffense.tapping import whiten
@@ -77,11 +76,11 @@ def test_strangeness_is_the_squared_distance_to_the_mean_of_the_draws() -> None:
     found = measure_strangeness(formula, residual, guide, in_float32(step), np)
     alone = partial(denoise, weights, shape=(1, TAPS, WIDTH), label_guidance=1.0, xp=np)
     for image in range(3):
-        context = (residual[image : image + 1], guide[image : image + 1])
+        context = guide[image : image + 1]
         u = residual[image] @ formula.transform
         for level, sigma in enumerate(np.array(sigmas)):
             noised = u + formula.noise[4 * level : 4 * level + 4] * np.repeat(sigma, WIDTH)
-            samples = np.array([alone(row[None, None], sigma[None, None], *context)[0, 0] for row in noised])
+            samples = np.array([alone(row[None, None], sigma[None, None], context)[0, 0] for row in noised])
             errors = (samples.mean(axis=0) - u) ** 2
             for column, (tap, band) in enumerate(NAMES):
                 low, high = (min(edge, WIDTH) + tap * WIDTH for edge in BAND_EDGES[band : band + 2])
@@ -113,7 +112,11 @@ def test_evidence_is_named_in_the_order_of_the_columns() -> None:
         ("mismatch", -1, 0, -1),
         ("mismatch", -1, 1, -1),
     ]
-    np.testing.assert_allclose(weigh_evidence(evidence), [1 / 12] * 6 + [1 / 4] * 2)
+    groups, weights = group_evidence(evidence)
+    wanted = np.array([[1 / 4, 0, 0, 0]] * 2 + [[0, 1 / 2, 0, 0]] + [[1 / 4, 0, 0, 0]] * 2 + [[0, 1 / 2, 0, 0]])
+    np.testing.assert_allclose(groups[:6], wanted)
+    np.testing.assert_allclose(groups[6:], [[0, 0, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(weights, [1 / 6, 1 / 3, 1 / 6, 1 / 3])  # the deeper tap counts twice, the kinds alike
 
 
 @pytest.mark.parametrize("unseen", [(), (2,), (0, 3), (0, 1, 2, 3)])
@@ -154,19 +157,30 @@ def test_surprise_of_clean_distances_that_are_all_alike_is_finite(rows: int, val
 
 
 @given(st.lists(st.floats(0, 20), min_size=8, max_size=8))
-def test_the_score_is_the_weighted_root_mean_square(values: list[float]) -> None:
-    weights = weigh_evidence(list_evidence([(0, 0), (0, 1), (1, 0)], 2, 2))
-    score = combine(np.array([values]), weights, np)[0]
-    assert score == pytest.approx(np.sqrt(np.average(np.square(values), weights=weights)))
+def test_the_score_is_the_weighted_root_mean_square_of_what_each_tap_says(values: list[float]) -> None:
+    evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, 2)
+    clean = np.random.default_rng(0).normal(size=(300, 8))
+    rule = fit_rule([clean[:, :6], clean[:200, 6:]], evidence)
+    score = combine_surprises(rule, np.array([values]), np)[0]
+    means = [np.sqrt(np.mean(np.square(np.array(values)[columns]))) for columns in ([0, 1, 3, 4], [2, 5], [6], [7])]
+    taps = find_surprise(rule.taps, np.array([means]), np)[0]
+    assert score == pytest.approx(np.sqrt(np.average(taps**2, weights=[1, 2, 1, 2])))
+
+
+def test_clean_taps_are_as_surprising_as_their_rank_says() -> None:
+    evidence = list_evidence([(tap, band) for tap in range(2) for band in range(3)], 1, 2)
+    clean, fresh = (np.random.default_rng(seed).gamma(2.0, size=(2000, 8)) for seed in (0, 1))
+    rule = fit_rule([clean[:, :6], clean[:, 6:]], evidence)
+    pieces = find_surprise(rule.pieces, fresh, np)
+    taps = find_surprise(rule.taps, np.sqrt(pieces**2 @ rule.groups), np)
+    np.testing.assert_allclose((taps >= -np.log(0.1)).mean(axis=0), 0.1, atol=0.03)
 
 
 def test_being_less_strange_than_usual_costs_nothing() -> None:
-    fitted, weights = fit_surprise(np.log(CLEAN)), np.full(3, 1 / 3)
-    usual = fitted.knots[:, 5].copy()
-    low = np.array([fitted.knots[0, 0], *usual[1:]])
-    near, nearer, typical = (
-        combine(find_surprise(fitted, x[None], np), weights, np)[0] for x in (low, low - [50, 0, 0], usual)
-    )
+    rule = fit_rule([np.log(CLEAN)], list_evidence([], 0, 3))
+    usual = rule.pieces.knots[:, 5].copy()
+    low = np.array([rule.pieces.knots[0, 0], *usual[1:]])
+    near, nearer, typical = (combine(rule, x[None], np)[0] for x in (low, low - [50, 0, 0], usual))
     assert near == nearer < typical
 
 
@@ -234,7 +248,7 @@ def test_surprises_of_fresh_clean_latents_are_as_those_of_the_reference() -> Non
     clean = make_set(latents[:400], logits[:400], WIDTH)
     whole = clean.fit_linear(np.ones(400, bool))
     formula = replace(make_formula(), guidance=whole[0], transform=whole[1].transform)
-    found = measure_reference(clean, cross_fit(clean, whole, np.random.default_rng(0)), formula, None)
+    found = measure_reference(clean, cross_fit(clean, whole[0], np.random.default_rng(0)), formula, None)
     reference = np.concatenate([found.strange, found.mismatch], axis=1)
     fresh = measure(formula, logits[400:], latents[400:], one_hot(logits[400:]), None, np)
     exceeded = np.mean(find_surprise(fit_surprise(reference), fresh, np) >= -np.log(0.1), axis=0)

@@ -17,6 +17,7 @@ from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.manifest import SCHEMA
 from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
+from diffense.rule import name_groups, share_score
 from diffense.target import Target
 from shapes import draw_shapes, fit_shape_classifier
 
@@ -91,9 +92,16 @@ def test_explain_names_the_evidence_behind_the_score(guard, fresh):
     assert explanation.score == pytest.approx(float(scores[0]), rel=2e-5)
     assert explanation.p_value == pytest.approx(float(p_values[0]))
     assert explanation.tap in {tap.name for tap in guard.manifest.taps}
-    kinds = [row.kind for row in explanation.rows]
-    means = [np.mean([r.surprise**2 for r in explanation.rows if r.kind == kind]) for kind in set(kinds)]
-    assert explanation.score == pytest.approx(np.sqrt(np.mean(means)), rel=1e-5)
+    found = {
+        ([t.name for t in guard.manifest.taps].index(row.tap), row.kind, row.band, row.level): row.surprise
+        for row in explanation.rows
+    }
+    surprises = np.array([[found[e.tap, e.kind, e.band, e.level] for e in guard.scorer.evidence]])
+    shares = share_score(guard.scorer.rule, surprises, np)[0]
+    assert explanation.score == pytest.approx(np.sqrt(shares.sum()), rel=1e-5)
+    names = [guard.manifest.taps[tap].name for _, tap in name_groups(guard.scorer.evidence)]
+    totals = {name: sum(share for share, n in zip(shares, names, strict=True) if n == name) for name in names}
+    assert totals[explanation.tap] == max(totals.values())
     assert list(explanation.rows) == sorted(explanation.rows, key=lambda row: -row.surprise)
 
 

@@ -25,12 +25,12 @@ def draw_innovations(rows: int, seed: int, spread: float) -> Innovations:
     labels = rng.integers(0, CLASSES, rows)
     deviation = np.exp(np.where(labels % 2, spread, -spread)) / np.sqrt(np.cosh(2 * spread))
     u = rng.normal(size=(rows, SIZE)) * deviation[:, None]
-    return Innovations(*(np.asarray(a, np.float32) for a in (u, rng.normal(size=(rows, SIZE)), np.eye(CLASSES)[labels])))
+    return Innovations(*(np.asarray(a, np.float32) for a in (u, np.eye(CLASSES)[labels])))
 
 
 def train(spread: float, steps: int = 300, seed: int = 0, used: NDArray[np.bool_] = ALL) -> Learned:
     rows, validation = (draw_innovations(n, s, spread) for n, s in ((1200, 1), (300, 2)))
-    rows, validation = (Innovations(r.innovation * used, r.residual * used, r.guide) for r in (rows, validation))
+    rows, validation = (Innovations(r.innovation * used, r.guide) for r in (rows, validation))
     return train_denoiser(rows, validation, used, SIGMAS, WIDTH, steps, seed, lambda step, of: None)
 
 
@@ -54,7 +54,7 @@ def restore(weights: Any, rows: Innovations, sigma: float, seed: int = 9) -> tup
     noised = rows.innovation[:, None] + sigma * noise
     levels = np.full((len(noised), 4, TAPS), sigma, np.float32)
     shape = (4, TAPS, WIDTH)
-    found = denoise(weights, noised, levels, rows.residual, rows.guide, shape=shape, label_guidance=1.0, xp=np)
+    found = denoise(weights, noised, levels, rows.guide, shape=shape, label_guidance=1.0, xp=np)
     errors = [float(np.mean((d - rows.innovation[:, None]) ** 2)) for d in (found, noised / (1 + sigma**2))]
     return errors[0], errors[1]
 
@@ -73,7 +73,7 @@ def test_a_spread_that_depends_on_the_label_is_learned(learned: Learned) -> None
 
 def test_it_is_the_guide_that_tells_the_spread(learned: Learned) -> None:
     fresh = draw_innovations(500, 3, 0.8)
-    other = Innovations(fresh.innovation, fresh.residual, np.roll(fresh.guide, 1, axis=1))
+    other = Innovations(fresh.innovation, np.roll(fresh.guide, 1, axis=1))
     assert restore(learned.weights, other, 0.5)[0] > 1.2 * restore(learned.weights, fresh, 0.5)[0]
 
 
@@ -104,16 +104,16 @@ def test_padding_teaches_nothing() -> None:
     assert found.gaussian_loss == pytest.approx(np.mean(error[..., used] ** 2) / 0.2, rel=1e-4)  # per used entry
     noised = np.zeros((3, 2, SIZE), np.float32)
     noised[..., used] = np.random.default_rng(0).normal(size=(3, 2, int(used.sum())))
-    guide, residual = np.eye(CLASSES, dtype=np.float32)[:3], np.zeros((3, SIZE), np.float32)
+    guide = np.eye(CLASSES, dtype=np.float32)[:3]
     sigma = np.full((3, 2, TAPS), 0.5, np.float32)
     shape = (2, TAPS, WIDTH)
-    restored = denoise(found.weights, noised, sigma, residual, guide, shape=shape, label_guidance=1.0, xp=np)
+    restored = denoise(found.weights, noised, sigma, guide, shape=shape, label_guidance=1.0, xp=np)
     np.testing.assert_allclose(restored[..., ~used], 0, atol=1e-6)
 
 
 def learn(clean: LatentSet, mode: Any, steps: int = 300) -> Any:
     whole = clean.fit_linear(np.ones(len(clean.latents), bool))
-    crossed = cross_fit(clean, whole, np.random.default_rng(0))
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
     sigmas = np.full((1, clean.latents.shape[1] // clean.width), 0.5)
     return learn_network(clean, crossed, whole[0], sigmas, mode, steps, 0, lambda step, of: None), crossed
 
@@ -147,11 +147,11 @@ def test_copies_stay_in_the_fold_of_their_original() -> None:
     latents, logits = draw_rows(60, 3, TAPS, WIDTH, seed=0)
     source = np.concatenate([np.arange(60), np.arange(0, 60, 2)])
     clean = LatentSet(latents[source], logits[source], source, 60, ALL, WIDTH, "label", False, 0.3)
-    crossed = cross_fit(clean, clean.fit_linear(np.ones(90, bool)), np.random.default_rng(0))
+    crossed = cross_fit(clean, clean.fit_linear(np.ones(90, bool))[0], np.random.default_rng(0))
     assert np.array_equal(crossed.folds, crossed.folds[:60][source])
     for fold, (guidance, chain) in enumerate(crossed.parts):
         outside = crossed.folds != fold
-        expected, expected_chain = clean.fit_linear(outside, clean.fit_linear(np.ones(90, bool)))
+        expected, expected_chain = clean.fit_linear(outside, clean.fit_linear(np.ones(90, bool))[0])
         np.testing.assert_allclose(guidance.means, expected.means)
         np.testing.assert_allclose(chain.transform, expected_chain.transform)
 
@@ -161,7 +161,7 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
     rows = 150  # few, so that a chain flatters the rows it was fitted on
     clean = make_set(*draw_rows(rows, CLASSES, 3, 8, seed=0), 8, kind)
     whole = clean.fit_linear(np.ones(rows, bool))
-    crossed = cross_fit(clean, whole, np.random.default_rng(0))
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
     bands, names = lay_bands(clean.used, 8)
     noise, ladder = np.zeros((2, 24)), lay_ladder(np.full((1, 3), 0.3), 1)
     formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, 8, 0.0, False)
@@ -180,20 +180,20 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
 def test_with_a_network_only_the_held_out_fold_is_measured() -> None:
     clean = make_set(*draw_rows(100, CLASSES, TAPS, WIDTH, seed=0), WIDTH)
     whole = clean.fit_linear(np.ones(100, bool))
-    crossed = cross_fit(clean, whole, np.random.default_rng(0))
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
     noise = draw_noise(1, 2, SIZE, 0).astype(np.float64)
     formula = Formula(
         whole[0], whole[1].transform, lay_bands(ALL, WIDTH)[0], noise, lay_ladder(SIGMAS, 1), 2, WIDTH, 0.0, False
     )
     seen: list[Any] = []
 
-    def step(noised: Any, sigma: Any, residual: Any, guide: Any) -> Any:
-        seen.append(residual)
+    def step(noised: Any, sigma: Any, guide: Any) -> Any:
+        seen.append(guide)
         return noised
 
     reference = measure_reference(clean, crossed, formula, step)
     held_out = crossed.folds == 0
     assert len(reference.strange) == held_out.sum() == 20
     assert len(reference.mismatch) == len(reference.doubt) == 100  # no network has a part in them
-    expected = clean.guide(crossed.parts[0][0], held_out)[1]
+    expected = clean.guide(crossed.parts[0][0], held_out)[0]
     np.testing.assert_allclose(np.concatenate(seen), expected, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ SIZE = TAPS * WIDTH
 NOTHING = np.zeros((1, 1))
 
 
-def restore_gaussian(noised: Any, sigma: Any, residual: Any, guide: Any) -> Any:
+def restore_gaussian(noised: Any, sigma: Any, guide: Any) -> Any:
     """The ideal denoiser of N(0, 1) data."""
     return noised / (np.repeat(sigma, noised.shape[-1] // sigma.shape[-1], axis=-1) ** 2 + 1.0)
 
@@ -28,9 +28,7 @@ def draw_samples(
     u: NDArray[np.float64], sigma: float, steps: int, weight: float, noise: NDArray[Any], step: Any = restore_gaussian
 ) -> NDArray[np.float64]:
     ladder = lay_ladder(np.array([[sigma]]), steps)
-    return sample(
-        step, u, u, NOTHING, noise=noise, ladder=ladder, draws=len(noise), width=u.shape[1], data_guidance=weight, xp=np
-    )
+    return sample(step, u, NOTHING, noise=noise, ladder=ladder, draws=len(noise), width=u.shape[1], data_guidance=weight, xp=np)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 2.0, 20.0])
@@ -115,11 +113,11 @@ CASES = [(1, 1.0, 0.0), (1, 2.0, 0.5), (3, 1.0, 0.0), (4, 0.5, 2.0)]
 @pytest.mark.parametrize(("steps", "label_guidance", "data_guidance"), CASES)
 def test_numpy_torch_and_graph_give_the_same_samples(steps: int, label_guidance: float, data_guidance: float) -> None:
     rng = np.random.default_rng(0)
-    u, residual = (rng.normal(size=(5, SIZE)).astype(np.float32) for _ in range(2))
+    u = rng.normal(size=(5, SIZE)).astype(np.float32)
     guide = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0]]
     weights, noise, ladder = draw_weights(TAPS, WIDTH, 4), draw_noise(2, 4, SIZE, 0), lay_ladder(SIGMAS, steps)
     setting = {"noise": noise, "ladder": ladder, "draws": 4, "width": WIDTH, "data_guidance": data_guidance}
-    operands = (u, residual, guide)
+    operands = (u, guide)
     shape = (len(noise), TAPS, WIDTH)
 
     def run(xp: Any, named: Any, arrays: Any) -> Any:
@@ -130,10 +128,10 @@ def test_numpy_torch_and_graph_give_the_same_samples(steps: int, label_guidance:
     assert np.abs(expected - u[:, None]).max() > 0.1
     from_torch = run(torch, {k: torch.from_numpy(v) for k, v in weights.items()}, [torch.from_numpy(a) for a in operands])
     xp = OnnxNamespace()
-    inputs = [xp.input(name, ["batch", width]) for name, width in (("u", SIZE), ("residual", SIZE), ("guide", 4))]
+    inputs = [xp.input(name, ["batch", width]) for name, width in (("u", SIZE), ("guide", 4))]
     recorded = run(xp, {k: xp.weight(k, v) for k, v in weights.items()}, inputs)
     model = xp.build(inputs, {"out": (recorded, ["batch", len(noise), SIZE])})
-    from_graph = run_graph(model, u=u, residual=residual, guide=guide)
+    from_graph = run_graph(model, u=u, guide=guide)
     assert expected.shape == from_torch.shape == from_graph.shape == (5, 8, SIZE)
     np.testing.assert_allclose(from_graph, expected, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(from_torch.numpy(), expected, atol=1e-4, rtol=1e-4)
@@ -141,12 +139,12 @@ def test_numpy_torch_and_graph_give_the_same_samples(steps: int, label_guidance:
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     rng = np.random.default_rng(0)
-    u, residual, guide = rng.normal(size=(6, SIZE)), rng.normal(size=(6, SIZE)), np.eye(6)[:, :4]
+    u, guide = rng.normal(size=(6, SIZE)), np.eye(6)[:, :4]
     noise, ladder = draw_noise(2, 4, SIZE, 0), lay_ladder(SIGMAS, 2)
     step = in_float32(partial(denoise, draw_weights(TAPS, WIDTH, 4), shape=(8, TAPS, WIDTH), label_guidance=1.0, xp=np))
 
     def run(rows: list[int]) -> NDArray[np.float64]:
-        operands = (u[rows], residual[rows], guide[rows])
+        operands = (u[rows], guide[rows])
         return sample(step, *operands, noise=noise, ladder=ladder, draws=4, width=WIDTH, data_guidance=0.3, xp=np)
 
     whole = run(list(range(6)))
@@ -164,7 +162,7 @@ def test_each_tap_is_noised_at_its_own_level(steps: int) -> None:
         step = partial(denoise, weights, shape=(2, TAPS, WIDTH), label_guidance=1.0, xp=np)
         ladder = lay_ladder(np.array([sigmas]), steps)
         guide = np.zeros((3, 1))
-        return sample(step, u, u, guide, noise=noise, ladder=ladder, draws=2, width=WIDTH, data_guidance=0, xp=np)
+        return sample(step, u, guide, noise=noise, ladder=ladder, draws=2, width=WIDTH, data_guidance=0, xp=np)
 
     both, first, second = run(0.2, 3.0), run(0.2, 0.2), run(3.0, 3.0)
     np.testing.assert_allclose(both[..., :WIDTH], first[..., :WIDTH], atol=1e-6)

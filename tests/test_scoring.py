@@ -7,17 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diffense.guidance import Guidance, one_hot
+from diffense.rule import combine_surprises, fit_rule
 from diffense.scoring import (
     Allowance,
     Formula,
     allow,
-    combine,
     fit_allowance,
     lay_bands,
     list_evidence,
     measure,
     measure_mismatch,
-    weigh_evidence,
 )
 from diffense.surprise import Surprise, find_surprise, fit_surprise
 
@@ -88,11 +87,14 @@ def test_a_constant_distance_gives_a_finite_surprise():
 @settings(max_examples=50)
 @given(arrays(float, (4, 6), elements=st.floats(0, 20)), st.integers(0, 5), st.floats(0.1, 5))
 def test_more_surprise_never_lowers_the_score(surprises, column, more):
-    weights = weigh_evidence(list_evidence([(0, band) for band in range(4)], 1, 2))
-    assert weights.sum() == pytest.approx(1) and weights[:4].sum() == pytest.approx(0.5)
+    clean = np.random.default_rng(0).normal(size=(300, 6))
+    rule = fit_rule([clean[:, :4], clean[:, 4:]], list_evidence([(0, band) for band in range(4)], 1, 2))
+    assert rule.weights.sum() == pytest.approx(1)
     raised = surprises.copy()
     raised[:, column] += more
-    assert (combine(raised, weights, np) > combine(surprises, weights, np)).all()
+    assert (combine_surprises(rule, raised, np) >= combine_surprises(rule, surprises, np)).all()
+    raised[:, column] += 20.0  # beyond what any clean tap shows
+    assert (combine_surprises(rule, raised, np) > combine_surprises(rule, surprises, np)).all()
 
 
 def test_allowance_makes_clean_mismatch_the_same_at_every_doubt():

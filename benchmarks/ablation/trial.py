@@ -16,19 +16,18 @@ from diffense.fit import FitSettings, spread_sigmas
 from diffense.guard import open_denoiser
 from diffense.guidance import Guidance, find_margin, fit_guidance, normalise_logits, one_hot, split_mean
 from diffense.learning import Innovations, Learned, train_denoiser
+from diffense.rule import combine, fit_rule, group_evidence
 from diffense.sampling import Denoise, draw_noise, in_float32, lay_ladder, sample
 from diffense.scoring import (
     TINY,
     Evidence,
     Formula,
     allow,
-    combine,
     fit_allowance,
     lay_bands,
     measure_mismatch,
-    weigh_evidence,
 )
-from diffense.surprise import Surprise, find_surprise, fit_surprise
+from diffense.surprise import Surprise, find_surprise
 
 TRAINING_STEPS: Final = FitSettings().training_steps
 CHAIN_SIGMA: Final = FitSettings().chain_sigma
@@ -52,15 +51,15 @@ class Part:
     transform: Matrix
     turns: Matrix | None
 
-    def split(self, seen: Seen) -> tuple[Matrix, Matrix, Matrix]:
-        """(N, G) guide, (N, W) residual and (N, W) innovation."""
+    def split(self, seen: Seen) -> tuple[Matrix, Matrix]:
+        """(N, G) guide and (N, W) innovation."""
         guide, residual = split_mean(self.guidance, seen.latents, seen.logits, False)
         innovation = residual @ self.transform
         if self.turns is not None:
             labels = seen.logits.argmax(axis=1)
             for label in np.unique(labels):
                 innovation[labels == label] = innovation[labels == label] @ self.turns[label]
-        return guide, residual, innovation
+        return guide, innovation
 
 
 class Fits:
@@ -88,24 +87,23 @@ class Fits:
         clean = self.view(self.cell.clean, taps)
         everything = fit_part(clean, self.cell.width, None, doubt, chain, divided, by_label)
         folds = self.cell.folds
-        return everything[0], [
-            fit_part(take_rows(clean, folds != fold), self.cell.width, everything, doubt, chain, divided, by_label)[0]
+        return everything, [
+            fit_part(take_rows(clean, folds != fold), self.cell.width, everything, doubt, chain, divided, by_label)
             for fold in range(FOLDS)
         ]
 
-    def _learn(self, parts: tuple[Any, ...], units: int, context: bool, sigmas: tuple[Any, ...]) -> Learned:
+    def _learn(self, parts: tuple[Any, ...], units: int, sigmas: tuple[Any, ...]) -> Learned:
         whole, by_fold = self.parts(*parts)
         clean, folds = self.view(self.cell.clean, parts[0]), self.cell.folds
-        innovation, residual = np.zeros_like(clean.latents), np.zeros_like(clean.latents)
+        innovation = np.zeros_like(clean.latents)
         for fold, part in enumerate(by_fold):
             rows = folds == fold
-            _, residual[rows], innovation[rows] = part.split(take_rows(clean, rows))
+            innovation[rows] = part.split(take_rows(clean, rows))[1]
         guide = whole.split(clean)[0]
         originals = np.arange(len(folds)) < self.cell.originals
-        shown = residual if context else residual * 0.0
 
         def pick(rows: NDArray[np.bool_]) -> Innovations:
-            return Innovations(*(a[rows].astype(np.float32) for a in (innovation, shown, guide)))
+            return Innovations(*(a[rows].astype(np.float32) for a in (innovation, guide)))
 
         held_out = folds == VALIDATION_FOLD
         levels = spread_sigmas(sigmas, clean.latents.shape[1] // self.cell.width)
@@ -122,11 +120,9 @@ class Fits:
         )
 
 
-def fit_part(
-    clean: Seen, width: int, like: tuple[Part, Chain] | None, doubt: bool, chain: str, divided: bool, by_label: bool
-) -> tuple[Part, Chain]:
-    """Fit guidance and chain on these rows, as a variant wants them, in the coordinates of `like`."""
-    guidance = fit_guidance(clean.latents, clean.logits, "label", False, like[0].guidance if like else None)
+def fit_part(clean: Seen, width: int, like: Part | None, doubt: bool, chain: str, divided: bool, by_label: bool) -> Part:
+    """Fit guidance and chain on these rows, as a variant wants them, with the guide of `like`."""
+    guidance = fit_guidance(clean.latents, clean.logits, "label", False, like.guidance if like else None)
     if not doubt and like is None:
         blank = replace(
             guidance,
@@ -137,19 +133,17 @@ def fit_part(
     residual = split_mean(guidance, clean.latents, clean.logits, False)[1]
     used = clean.latents.any(axis=0)
     sigma = NO_CHAIN_SIGMA if chain == "none" else CHAIN_SIGMA
-    found = fit_chain(residual, width, used, sigma, like[1].basis if like else None)
-    if chain == "others":
-        found = guess_from_others(residual, width, used, like[1] if like else found)
+    found = guess_from_others(residual, width, used) if chain == "others" else fit_chain(residual, width, used, sigma)
     transform = found.transform.copy()
     if not divided:
         for tap in range(len(used) // width):
             own = slice(tap * width, (tap + 1) * width)
             transform[:, own] /= np.maximum(np.linalg.norm(transform[own, own], axis=0), TINY)
     turns = whiten_by_label(residual @ transform, clean.logits, width, used) if by_label else None
-    return Part(guidance, transform, turns), found
+    return Part(guidance, transform, turns)
 
 
-def guess_from_others(residual: Matrix, width: int, used: NDArray[np.bool_], like: Chain) -> Chain:
+def guess_from_others(residual: Matrix, width: int, used: NDArray[np.bool_]) -> Chain:
     """As `fit_chain`, each tap guessed from every other tap, deeper ones too."""
     covariance = np.zeros((len(used), len(used)))
     covariance[np.ix_(used, used)] = shrink_covariance(residual[:, used])
@@ -161,10 +155,10 @@ def guess_from_others(residual: Matrix, width: int, used: NDArray[np.bool_], lik
         seen = covariance[np.ix_(o, o)] + CHAIN_SIGMA**2 * np.eye(len(o))
         guess = np.linalg.solve(seen, covariance[np.ix_(o, k)]).T
         values, vectors = np.linalg.eigh(covariance[np.ix_(k, k)] - guess @ covariance[np.ix_(o, k)])
-        root = (vectors / np.sqrt(np.maximum(values, 1e-9 * values.max()))) @ vectors.T @ like.basis[tap]
+        root = (vectors / np.sqrt(np.maximum(values, 1e-9 * values.max()))) @ vectors.T
         out = slice(tap * width, tap * width + len(k))
         transform[k, out], transform[o, out] = root, -guess.T @ root
-    return Chain(transform, like.basis)
+    return Chain(transform)
 
 
 def whiten_by_label(innovation: Matrix, logits: Matrix, width: int, used: NDArray[np.bool_]) -> Matrix:
@@ -205,7 +199,7 @@ class Trial:
         self.learned: Learned | None = None
         self.denoise: Denoise | None = None
         if variant.network:
-            self.learned = fits.learn(key, variant.units, variant.context, variant.sigmas)
+            self.learned = fits.learn(key, variant.units, variant.sigmas)
             shape = (len(self.sigmas) * variant.draws, len(self.used) // self.width, self.width)
             graph = denoiser.build_denoiser(self.learned.weights, shape, variant.label_guidance)
             self.denoise = in_float32(open_denoiser(graph))
@@ -225,13 +219,16 @@ class Trial:
             doubt.append(self.find_doubt(seen))
         reference = np.concatenate(mismatch)
         self.allowance = fit_allowance(reference, np.concatenate(doubt))
-        self.surprises = [fit_surprise(np.concatenate(strange)), fit_surprise(self.excuse(reference, np.concatenate(doubt)))]
-        evidence = [*(Evidence("strangeness", tap, band, 0) for _ in self.sigmas for tap, band in self.names)]
+        blocks = self.choose_kinds([np.concatenate(strange), self.excuse(reference, np.concatenate(doubt))])
+        evidence = [Evidence("strangeness", tap, band, level) for level in range(len(self.sigmas)) for tap, band in self.names]
         evidence += [Evidence("mismatch", tap, -1, -1) for tap in range(reference.shape[1])]
-        counted = np.array([e.kind in self.variant.kinds for e in evidence])
-        self.weights = np.zeros(len(evidence))
-        self.weights[counted] = weigh_evidence([e for e in evidence if e.kind in self.variant.kinds])
-        self.moments = [(np.mean(rows, axis=0), np.std(rows, axis=0)) for rows in (np.concatenate(strange), reference)]
+        evidence = [e for e in evidence if e.kind in self.variant.kinds]
+        self.rule = replace(fit_rule(blocks, evidence), weights=group_evidence(evidence, self.variant.deep)[1])
+        self.moments = [(np.mean(block, axis=0), np.std(block, axis=0)) for block in blocks]
+
+    def choose_kinds(self, blocks: list[Matrix]) -> list[Matrix]:
+        """Of strangeness and mismatch what the variant counts."""
+        return [b for b, kind in zip(blocks, ("strangeness", "mismatch"), strict=True) if kind in self.variant.kinds]
 
     def find_doubt(self, seen: Seen) -> Matrix:
         """(N, 1), also where the latents are not guided by it."""
@@ -254,23 +251,21 @@ class Trial:
 
     def measure_strangeness(self, part: Part, seen: Seen) -> Matrix:
         """(N, L B) log distances."""
-        guide, residual, innovation = part.split(seen)
+        guide, innovation = part.split(seen)
         if self.denoise is None:
             return np.asarray(np.log(innovation**2 @ self.bands + TINY))
-        shown = residual if self.variant.context else residual * 0.0
         blocks = [
-            self.measure_block(self.denoise, innovation[i : i + BLOCK], shown[i : i + BLOCK], guide[i : i + BLOCK])
+            self.measure_block(self.denoise, innovation[i : i + BLOCK], guide[i : i + BLOCK])
             for i in range(0, len(innovation), BLOCK)
         ]
         return np.asarray(np.log(np.concatenate(blocks) + TINY))
 
-    def measure_block(self, denoise: Denoise, innovation: Matrix, residual: Matrix, guide: Matrix) -> Matrix:
+    def measure_block(self, denoise: Denoise, innovation: Matrix, guide: Matrix) -> Matrix:
         """(N, L B) distances to the samples."""
         variant, levels = self.variant, len(self.sigmas)
         samples = sample(
             denoise,
             innovation,
-            residual,
             guide,
             noise=self.noise,
             ladder=lay_ladder(self.sigmas, variant.steps),
@@ -290,15 +285,18 @@ class Trial:
     def score(self, seen: Seen) -> NDArray[np.float32]:
         """(N,) scores of latents of all taps."""
         seen = self.fits.view(seen, self.variant.taps)
-        evidence = [self.measure_strangeness(self.whole, seen), self.measure_mismatch(self.whole, seen)]
+        mismatch = self.excuse(self.measure_mismatch(self.whole, seen), self.find_doubt(seen))
+        blocks = self.choose_kinds([self.measure_strangeness(self.whole, seen), mismatch])
+        weights = self.rule.groups @ self.rule.weights
         if self.variant.rule == "z":
-            scaled = [(rows - mean) / (spread + TINY) for rows, (mean, spread) in zip(evidence, self.moments, strict=True)]
-            return np.asarray(np.concatenate(scaled, axis=1) @ self.weights, np.float32)
-        evidence[1] = self.excuse(evidence[1], self.find_doubt(seen))
-        pairs = zip(self.surprises, evidence, strict=True)
-        surprises = np.concatenate([find_surprise(surprise, rows, np) for surprise, rows in pairs], axis=1)
-        if self.variant.rule == "tail":
-            return np.asarray(combine(surprises, self.weights, np), np.float32)
-        if self.variant.rule == "fisher":
-            return np.asarray(surprises @ self.weights, np.float32)
-        return np.asarray((surprises * (self.weights > 0)).max(axis=1), np.float32)
+            scaled = [(rows - mean) / (spread + TINY) for rows, (mean, spread) in zip(blocks, self.moments, strict=True)]
+            return np.asarray(np.concatenate(scaled, axis=1) @ weights, np.float32)
+        evidence = np.concatenate(blocks, axis=1)
+        surprises = find_surprise(self.rule.pieces, evidence, np)
+        scores = {
+            "taps": lambda: combine(self.rule, evidence, np),
+            "pieces": lambda: np.sqrt(surprises**2 @ weights),
+            "fisher": lambda: surprises @ weights,
+            "max": lambda: surprises.max(axis=1),
+        }
+        return np.asarray(scores[self.variant.rule](), np.float32)

@@ -5,6 +5,7 @@ from typing import Final, Literal
 
 from diffense.denoiser import HIDDEN
 from diffense.fit import FitSettings
+from diffense.rule import DEEP
 from diffense.scoring import BAND_EDGES
 
 DEFAULTS: Final = FitSettings()
@@ -24,13 +25,13 @@ class Variant:
         by_label: whether that covariance is the predicted label's, shrunk, or shared.
         network: whether there is a learned part.
         units: its width.
-        context: whether it sees the shallower taps.
         label_guidance, data_guidance, sigmas, steps, draws: as in `FitSettings`.
         distance: to the mean of the samples, to the nearest, or the mean of the distances.
         edges: of the bands.
         kinds: of evidence that count.
         allowance: whether mismatch is judged among clean inputs of equal doubt.
-        rule: how surprises become one score.
+        deep: weight of the deeper half of the taps.
+        rule: how surprises become one score: tap by tap, or all pieces at once.
     """
 
     name: str
@@ -42,7 +43,6 @@ class Variant:
     by_label: bool = False
     network: bool = True
     units: int = HIDDEN
-    context: bool = True
     label_guidance: float = DEFAULTS.label_guidance
     data_guidance: float = DEFAULTS.data_guidance
     sigmas: tuple[float | tuple[float, ...], ...] = DEFAULTS.sigmas
@@ -52,7 +52,8 @@ class Variant:
     edges: tuple[int, ...] = BAND_EDGES
     kinds: tuple[str, ...] = ("strangeness", "mismatch")
     allowance: bool = True
-    rule: Literal["tail", "fisher", "max", "z"] = "tail"
+    deep: float = DEEP
+    rule: Literal["taps", "pieces", "fisher", "max", "z"] = "taps"
 
 
 DEFAULT: Final = Variant("default", "default")
@@ -75,7 +76,6 @@ VARIANTS: Final = (
     replace(CLOSED, name="guessed from all other taps, no network", group="chain", chain="others"),
     replace(CLOSED, name="errors not divided, no network", group="chain", divided=False),
     replace(CLOSED, name="covariance of the label, no network", group="chain", by_label=True),
-    replace(DEFAULT, name="network does not see the shallower taps", group="learned part", context=False),
     replace(DEFAULT, name="half as wide", group="learned part", units=64),
     replace(DEFAULT, name="twice as wide", group="learned part", units=256),
     replace(DEFAULT, name="level 0.3", group="levels", sigmas=(0.3,)),
@@ -95,6 +95,8 @@ VARIANTS: Final = (
     replace(DEFAULT, name="first half of the taps", group="bands and taps", taps="first half"),
     replace(DEFAULT, name="second half of the taps", group="bands and taps", taps="second half"),
     replace(DEFAULT, name="last tap alone", group="bands and taps", taps="last"),
+    replace(DEFAULT, name="all taps count alike", group="rule", deep=1.0),
+    replace(DEFAULT, name="all pieces at once", group="rule", rule="pieces"),
     replace(DEFAULT, name="mean of -log p (Fisher)", group="rule", rule="fisher"),
     replace(DEFAULT, name="largest -log p", group="rule", rule="max"),
     replace(DEFAULT, name="mean of standard scores", group="rule", rule="z"),

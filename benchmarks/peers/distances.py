@@ -10,8 +10,6 @@ from diffense.chain import fit_chain
 from diffense.guidance import fit_guidance, one_hot, split_mean
 from diffense.scoring import Evidence, Formula, lay_bands, list_evidence, measure
 
-Basis = list[tuple[Matrix, ...]]
-
 
 @dataclass(frozen=True)
 class Distances:
@@ -20,12 +18,10 @@ class Distances:
     Attributes:
         formula: class means as guidance; the transform whitens each tap within classes and links no taps.
         names: (tap, band) of each band.
-        basis: of each tap, see `Chain`.
     """
 
     formula: Formula
     names: list[tuple[int, int]]
-    basis: Basis
 
 
 class DistanceFamily(Family[Distances]):
@@ -46,18 +42,13 @@ class DistanceFamily(Family[Distances]):
         used = like.formula.bands.any(axis=1) if like else latents.any(axis=0)
         bands, names = lay_bands(used, width)
         transform = np.zeros((size, size))
-        basis: Basis = []
         for tap in range(size // width):
             block = slice(tap * width, (tap + 1) * width)
-            if not used[block].any():
-                basis.append((np.zeros((0, 0)),))
-                continue
-            chain = fit_chain(residual[:, block], width, used[block], 1.0, like.basis[tap] if like else None)
-            transform[block, block] = chain.transform
-            basis.append(chain.basis)
+            if used[block].any():
+                transform[block, block] = fit_chain(residual[:, block], width, used[block], 1.0).transform
         none, taps = np.zeros((1, size)), size // width
         formula = Formula(guidance, transform, bands, none, np.ones((2, 1, taps)), 1, width, 0.0, probabilities=False)
-        return Distances(formula, names, basis)
+        return Distances(formula, names)
 
     def measure(self, state: Distances, latents: Matrix, logits: Matrix) -> Matrix:
         """(N, B) of the bands or (N, K) of the taps."""

@@ -1,6 +1,6 @@
 """The latent rivals: distances, ratios, posteriors and ranks on the guard's own taps, bands and rule of combination.
 
-"Diffense without a network": log evidence -> ``-log p`` by cross-fitted clean statistics -> root mean square.
+"Diffense without a network": log evidence, cross-fitted clean statistics, the guard's rule.
 n clean rows, W = K d latent entries, E pieces of evidence.
 """
 
@@ -14,7 +14,8 @@ from benchmarks.peers.gaussian import join_taps
 from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
 from diffense.guidance import MARGIN_RESOLUTION, find_margin, normalise_logits, one_hot
-from diffense.scoring import Evidence, allow, combine, fit_allowance, weigh_evidence
+from diffense.rule import combine, fit_rule
+from diffense.scoring import Evidence, allow, fit_allowance
 from diffense.surprise import find_surprise, fit_surprise
 
 SEED: Final = 0
@@ -64,18 +65,16 @@ class LatentPeer:
         latents, logits = join_taps(clean), clean.logits.astype(np.float64)
         reference = np.concatenate([family.fit(latents, logits, clean.latents.shape[2]) for family in self.families], axis=1)
         evidence = [e for family in self.families for e in family.name_evidence(family.state)]
-        self.weights = weigh_evidence(evidence)
         self.excused = np.array([self.allowing and e.kind != "strangeness" for e in evidence])
         self.doubt = fit_surprise(-find_margins(logits), MARGIN_RESOLUTION)
         self.allowance = fit_allowance(reference[:, self.excused], self.find_doubt(logits))
-        self.surprise = fit_surprise(self.excuse(reference, logits))
+        self.rule = fit_rule([self.excuse(reference, logits)], evidence)
 
     def score(self, model: Model, inspected: Inspected) -> Matrix:
         """No forward pass besides the target's own."""
         latents, logits = join_taps(inspected), inspected.logits.astype(np.float64)
         evidence = np.concatenate([family.measure(family.state, latents, logits) for family in self.families], axis=1)
-        surprises = find_surprise(self.surprise, self.excuse(evidence, logits), np)
-        return np.asarray(combine(surprises, self.weights, np))
+        return np.asarray(combine(self.rule, self.excuse(evidence, logits), np))
 
     def find_doubt(self, logits: Matrix) -> Matrix:
         """(N, C) -> (N, 1), as `guidance.guide_by` has it."""

@@ -121,11 +121,9 @@ class GuardService:
             scores = scores.reshape(-1)
             return scores, *self.scorer.judge(scores)
 
-        def denoise(
-            noised: NDArray[np.float32], sigma: NDArray[np.float32], residual: NDArray[np.float32], guide: NDArray[Any]
-        ) -> NDArray[np.float32]:
+        def denoise(noised: NDArray[np.float32], sigma: NDArray[np.float32], guide: NDArray[Any]) -> NDArray[np.float32]:
             self._check_patience(jobs)
-            inputs = {names.NOISED: noised, names.SIGMA: sigma, names.RESIDUAL: residual, names.GUIDE: guide}
+            inputs = {names.NOISED: noised, names.SIGMA: sigma, names.GUIDE: guide}
             return call_model(self.backend, self.wiring.callee, inputs, [names.SAMPLE])[0]
 
         scored = self.scorer.score(logits, latents, denoise if self.scorer.needs_denoiser else None)

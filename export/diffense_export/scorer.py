@@ -9,8 +9,8 @@ from diffense.graphs import load_model
 from diffense.guard import Guard
 from diffense.names import LATENTS, LOGITS, P_VALUE, SCORE
 from diffense.onnx_arrays import OnnxNamespace
-from diffense.scoring import combine, measure
-from diffense.surprise import find_surprise
+from diffense.rule import combine
+from diffense.scoring import measure
 
 
 def build_scorer(guard: Guard) -> ir.Model:
@@ -30,7 +30,7 @@ def build_scorer(guard: Guard) -> ir.Model:
         )
     label = xp.one_hot_argmax(logits, manifest.classes)
     distances = measure(scorer.formula, logits, latents, label, step, xp)
-    score = combine(find_surprise(scorer.surprise, distances, xp), scorer.weights, xp)
+    score = combine(scorer.rule, distances, xp)
     p_value = (xp.count_at_least(scorer.calibration, score) + 1.0) / (len(scorer.calibration) + 1.0)
     outputs = {SCORE: xp.reshape(score, (-1, 1)), P_VALUE: xp.reshape(p_value, (-1, 1))}
     return xp.build([latents, logits], {name: (array, ["batch", 1]) for name, array in outputs.items()})
