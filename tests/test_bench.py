@@ -246,6 +246,16 @@ def test_shifted_images_raise_no_error_and_the_plain_ones_nothing(bench):
     assert "| Shapes, unpoisoned | JPEG 50 |" in "\n".join(tables.render_shifts(list(rows.values())))
 
 
+def test_the_closed_form_is_the_guard_itself_where_its_network_stayed_off_and_is_no_peer():
+    peer = {"auroc": 0.9, "tpr_at_fpr5": 0.5}
+    row = {"auroc": 0.95, "tpr_at_fpr5": 0.6, "peers": {"ratio": peer}}
+    assert tables.find_figure(row, "closed_form", "auroc") == 0.95
+    with_network = row | {"auroc": 0.99, "peers": {"ratio": peer, "closed_form": {"auroc": 0.97, "tpr_at_fpr5": 0.7}}}
+    assert tables.find_figure(with_network, "closed_form", "auroc") == 0.97
+    assert tables.find_figure(row, "ted", "auroc") is None
+    assert tables.list_peers([row, with_network]) == ["closed_form", "ratio"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shifts_keep_shape_and_do_what_they_say(channels):
     images = np.full((2, 8, 8, channels), 100, np.uint8)
