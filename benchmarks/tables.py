@@ -104,7 +104,7 @@ def render_published(rows: list[Row]) -> list[str]:
     if not lines:
         return []
     note = (
-        "AUROC; published: the comparison of TED++ (ICDM 2025, poster) on ResNet-18, other targets and triggers of the same kind. "
+        "AUROC; published: the comparison of TED++ (ICDM 2025, poster) on ResNet-18, with other targets of the same attacks. "
         "IBD-PSC amplifies the last batch norms of which ResNet-18 has twenty and ours six; SCALE-UP depends on what a target "
         "calls a saturated image."
     )
