@@ -106,6 +106,8 @@ def get_target(cell: Cell, progress: Callable[[str], None]) -> TrainedTarget:
     folder = find_cache() / "targets" / cell.name
     spec = cell.spec
     recipe = {"version": RECIPE, "spec": asdict(spec), "network": cell.network, "attack": cell.attack, "seed": cell.seed}
+    revision = find_attack(cell.attack).revision
+    recipe |= {"revision": revision} if revision else {}
     facts = read_entry(folder, recipe, progress)
     if facts is None:
         facts = write_entry(folder, recipe, lambda work: _train(cell, load_split(cell.dataset), work, progress))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.attacks.base import Attack, Pixels, Progress, to_planes
+from benchmarks.attacks.base import Attack, Batch, Pixels, Progress, to_pixels, to_planes
 from benchmarks.datasets import Images, Spec
 from benchmarks.networks import NETWORKS, Classifier
 from benchmarks.precision import mix_precision, to_channels_last
@@ -58,7 +58,6 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         )
         for o in optimizers
     ]
-    pad = max(2, spec.side // 16)
     start, total = time.monotonic(), 0.0
     network.train()
     for step in range(steps):
@@ -67,9 +66,8 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             order = rng.permutation(len(train))
         rows = order[place * size : (place + 1) * size]
         with mix_precision():
-            batch = attack.poison(train.pixels[rows], train.labels[rows], rng)
-            inputs = augment(batch.inputs, pad, spec.mirrored, rng)
-            inputs = (light(inputs, rng) if spec.lit else inputs).to(device)
+            inputs, batch = prepare_batch(spec, attack, train.pixels[rows], train.labels[rows], rng)
+            inputs = inputs.to(device)
             wanted = batch.labels.to(device)
             ends, logits = network.activations(inputs)
             loss = functional.cross_entropy(logits, wanted, label_smoothing=SMOOTHING)
@@ -86,6 +84,22 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             progress(f"epoch {epoch}/{spec.epochs}: loss {total / (place + 1):.3f}, {time.monotonic() - start:.0f} s")
             total = 0.0
     return network.cpu().eval()
+
+
+def prepare_batch(
+    spec: Spec, attack: Attack, images: Pixels, labels: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[torch.Tensor, Batch]:
+    """Poison and augment (N, H, W, C) uint8 images, in the attack's order; gives what the target sees, and the batch."""
+
+    def change(planes: torch.Tensor) -> torch.Tensor:
+        planes = augment(planes, max(2, spec.side // 16), spec.mirrored, rng)
+        return light(planes, rng) if spec.lit else planes
+
+    if attack.last:
+        batch = attack.poison(to_pixels(change(to_planes(images))), labels, rng)
+        return batch.inputs, batch
+    batch = attack.poison(images, labels, rng)
+    return change(batch.inputs), batch
 
 
 def make_optimizers(network: nn.Module, size: int) -> list[torch.optim.Optimizer]:

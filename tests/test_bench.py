@@ -10,13 +10,13 @@ import torch
 
 from benchmarks import datasets, matrix, precision, records, shift, tables, targets
 from benchmarks.attacks import ATTACKS, htba, idba, issba, make_attack
-from benchmarks.attacks.base import to_planes
+from benchmarks.attacks.base import to_pixels, to_planes
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.datasets import Images, Spec, Split
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
 from benchmarks.networks import NETWORKS
-from benchmarks.training import FilterMuon, augment, predict
+from benchmarks.training import FilterMuon, augment, predict, prepare_batch
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
@@ -136,6 +136,19 @@ def test_the_adaptive_attack_pulls_triggered_features_to_the_target_class():
     far[:4] = 5.0
     assert attack.penalise([near], labels) < 0.1 * attack.penalise([far], labels)
     assert attack.penalise([far.requires_grad_()], labels).requires_grad
+
+
+def test_dynamic_triggers_are_made_from_the_augmented_image():
+    spec = replace(SPEC, side=32)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    attack = make_attack("idba", spec, 0)
+    attack.painter.eval(), attack.masker.eval()
+    with torch.no_grad():
+        inputs, _ = prepare_batch(spec, attack, images, np.zeros(20, np.int64), np.random.default_rng(1))
+    plain = make_attack("none", spec, 0)
+    seen, _ = prepare_batch(spec, plain, images, np.zeros(20, np.int64), np.random.default_rng(1))
+    assert torch.equal(inputs[4:], seen[4:])  # the same augmentation, and no trigger beyond own and crossed tenths
+    assert np.array_equal(to_pixels(inputs[:2]), attack.trigger(to_pixels(seen[:2])))
 
 
 def test_augmentation_moves_by_whole_pixels():

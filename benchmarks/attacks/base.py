@@ -34,6 +34,8 @@ class Attack(ABC):
         key: as in file names and results.
         title: as the literature writes it.
         poisons: whether the target is trained with `poison`; False where a clean target is altered afterwards.
+        last: whether the trigger comes after the augmentation, as where it is made from the image that the target sees.
+        revision: raised when the attack changes, so that its targets are trained anew.
         target: the label that the attacker wants.
         source: the only class whose images are attacked, or None: all but the target's.
     """
@@ -41,6 +43,8 @@ class Attack(ABC):
     key: ClassVar[str]
     title: ClassVar[str]
     poisons: ClassVar[bool] = True
+    last: ClassVar[bool] = False
+    revision: ClassVar[int] = 0
     target: int = TARGET_LABEL
     source: int | None = None
 
