@@ -1,5 +1,6 @@
 """The results in git: one JSON list a file, one row a cell, replaced row by row."""
 
+import fcntl
 import json
 import os
 import tempfile
@@ -60,11 +61,13 @@ def find_key(row: Row) -> tuple[Any, ...]:
 
 
 def write_row(row: Row, path: Path) -> None:
-    """Put a row in a file in place of the one with the same key, all or nothing."""
-    rows = [r for r in read_rows(path) if find_key(r) != find_key(row)] + [row]
-    rows.sort(key=lambda r: tuple(str(value) for value in find_key(r)))
+    """Put a row in a file in place of the one with the same key, all or nothing; two runs at once lose none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    Path(work).replace(path)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [r for r in read_rows(path) if find_key(r) != find_key(row)] + [row]
+        rows.sort(key=lambda r: tuple(str(value) for value in find_key(r)))
+        handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        Path(work).replace(path)

@@ -36,6 +36,14 @@ def make_latents(generator: np.random.Generator) -> CellLatents:
     return CellLatents(draw(300, 0.0), generator.integers(0, 5, 300), 300, draw(100, 0.0), draw(80, 0.0), draw(20, 1.5), 8)
 
 
+@pytest.fixture(scope="module")
+def fits():
+    """Shared, as the command shares it; the networks stay as they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
+        yield Fits(make_latents(np.random.default_rng(0)), 0)
+
+
 def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path):
     found = prepare_cell(cell, None, print)
     guard = fit_guard(
@@ -47,9 +55,7 @@ def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path):
     assert np.allclose(trial.score(trial.fits.cell.evaluation), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_an_untrained_network_is_the_closed_form(monkeypatch):
-    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)  # no check is reached, so the first weights stay
-    fits = Fits(make_latents(np.random.default_rng(0)), 0)
+def test_an_untrained_network_is_the_closed_form(fits):
     on, off = Trial(fits, DEFAULT), Trial(fits, CLOSED)
     rows = fits.cell.evaluation
     whole = on.whole
@@ -59,9 +65,8 @@ def test_an_untrained_network_is_the_closed_form(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-def test_every_variant_changes_a_part_and_catches_what_is_far_off(variant, monkeypatch):
-    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
-    figures = command.measure_variant(Fits(make_latents(np.random.default_rng(0)), 0), variant)
+def test_every_variant_changes_a_part_and_catches_what_is_far_off(variant, fits):
+    figures = command.measure_variant(fits, variant)
     assert figures["auroc"] > 0.9
     changed = [f.name for f in fields(Variant) if getattr(variant, f.name) != getattr(DEFAULT, f.name)]
     assert variant is DEFAULT or set(changed) - {"name", "group"}
@@ -71,9 +76,8 @@ def test_variant_names_are_their_own():
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
 
 
-def test_scores_of_one_row_do_not_depend_on_the_others(monkeypatch):
-    monkeypatch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
-    trial = Trial(Fits(make_latents(np.random.default_rng(0)), 0), DEFAULT)
+def test_scores_of_one_row_do_not_depend_on_the_others(fits):
+    trial = Trial(fits, DEFAULT)
     rows = trial.fits.cell.triggered
     assert np.allclose(trial.score(rows)[7:8], trial.score(take_rows(rows, np.array([7]))), rtol=1e-5)
 

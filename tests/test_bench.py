@@ -1,6 +1,7 @@
 """The bench on a made-up image set: attacks, training, cache, figures, records. No shared data needed."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,6 +302,19 @@ def test_records_that_are_no_list_of_rows_are_refused(tmp_path):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(OptionError, match=r"r\.json"):
             records.read_rows(tmp_path / "r.json")
+
+
+def test_runs_that_write_at_the_same_time_lose_no_row(tmp_path):
+    path = tmp_path / "rows.json"
+    key = dict.fromkeys(records.KEYS, "x")
+
+    def write(seed):
+        for guard_seed in range(10):
+            records.write_row(key | {"seed": seed, "guard_seed": guard_seed}, path)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(records.read_rows(path)) == 40
 
 
 def test_committed_results_have_the_keys_that_readers_expect():
