@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.cache import hash_file
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
 from benchmarks.inspection import inspect_images, score_inspected, take
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
@@ -93,6 +94,7 @@ def evaluate_cell(
         "stand_in": cell.spec.stand_in,
         "attack": cell.attack,
         "target": cell.network,
+        "target_sha256": hash_file(found.target.path),
         "seed": cell.seed,
         "guard_seed": guard_seed,
         "clean_per_class": clean_per_class,

@@ -87,7 +87,7 @@ def draw_images(rows: list[Row]) -> Figure | None:
 def draw_settings(rows: list[Row]) -> Figure | None:
     """AUROC against the noise level and against the steps, mean over guard seeds, one line a cell."""
     groups: tuple[tuple[str, Callable[[str], float | None]], ...] = (("noise level", read_level), ("steps", read_steps))
-    if not any(read(row["variant"]) for row in rows for _, read in groups):
+    if not any(read(row["variant"]) for row in rows if row["variant"] != "default" for _, read in groups):
         return None
     figure, panels = make_panels(1, len(groups))
     for panel, (title, read) in zip(panels[0], groups, strict=True):

@@ -187,7 +187,7 @@ def test_peers_are_kept_for_the_same_target_alone(bench):
     records.write_detection(row)
     records.write_detection(row | {"commit": "b", "peers": {}})
     assert set(records.read_rows(records.DETECTION)[0]["peers"]) - {"closed_form"} == {"ratio"}
-    records.write_detection(row | {"clean_accuracy": 0.5, "peers": {}})
+    records.write_detection(row | {"target_sha256": "another", "peers": {}})
     assert records.read_rows(records.DETECTION)[0]["peers"] == {}
 
 
