@@ -38,7 +38,8 @@ def draw_rocs(rows: list[Row]) -> Figure | None:
         for row in (row for row in found if row["dataset"] == name):
             label = f"{ATTACKS[row['attack']].title} {row['auroc']:.4f}"
             panel.plot(np.maximum(FALSE_ALARMS, LEAST_RATE), row["curve"], label=label, color=COLOURS[row["attack"]])
-        panel.set(xscale="log", xlim=(LEAST_RATE, 0.5), ylim=(0, 1.02), title=SPECS[name].title, xlabel="false-alarm rate")
+        panel.set(xscale="log", xlim=(LEAST_RATE, 0.5), ylim=(0, 1.02), xlabel="false-alarm rate")
+        panel.set_title(SPECS[name].title, fontsize=8)
         panel.legend(fontsize=6, loc="lower right", title="AUROC", title_fontsize=6)
     panels[0][0].set_ylabel("true-positive rate")
     return figure
@@ -65,7 +66,7 @@ def draw_histograms(rows: list[Row]) -> Figure | None:
         panel.set(yscale="log", ylim=(1e-4, 1.0), yticks=[])
         panel.set_title(f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}", fontsize=6)
         panel.tick_params(labelsize=5)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     return figure
 
 
@@ -133,7 +134,6 @@ def make_panels(rows: int, columns: int, height: float = PANEL) -> tuple[Figure,
         for column in range(columns):
             panel: Axes = figure.add_subplot(rows, columns, row * columns + column + 1)
             panel.tick_params(labelsize=6)
-            panel.title.set_fontsize(7)
             panel.xaxis.label.set_fontsize(7)
             panel.yaxis.label.set_fontsize(7)
             panels[row, column] = panel
