@@ -16,8 +16,8 @@ from benchmarks.targets import Cell, get_target
 from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
 from diffense.fit import FitSettings, default_preprocessing
-from diffense.preparation import Prepared, prepare_clean
-from diffense.tapping import open_pooling
+from diffense.preparation import prepare_clean
+from diffense.tapping import open_pooling, project_taps
 from diffense.target import Target
 
 FORM: Final = 1  # raise it when whitening, taps or the split change
@@ -93,19 +93,10 @@ def _collect(cell: Cell, seed: int, work: Path, progress: Callable[[str], None])
     }
     for part, pixels in parts.items():
         logits, pooled = run(pixels)
-        latents = project(prepared, pooled, width)
+        latents = project_taps(prepared.whitenings, pooled)
         if part == "triggered":
             rows = np.flatnonzero(logits.argmax(1) == found.target.attack.target)[:MOST]
             logits, latents = logits[rows], latents[rows]
         arrays |= {f"{part}_logits": logits.astype(np.float32), f"{part}_latents": latents.astype(np.float32)}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, work / ARRAYS)
     return {"originals": prepared.clean.originals, "width": width}
-
-
-def project(prepared: Prepared, pooled: list[Matrix], width: int) -> Matrix:
-    """Pooled features of each tap, (N, P) -> (N, K d) latents, padded to the widest tap."""
-    latents = np.zeros((len(pooled[0]), len(pooled) * width))
-    for tap, (features, whitening) in enumerate(zip(pooled, prepared.whitenings, strict=True)):
-        found = (features - whitening.mean) @ whitening.directions
-        latents[:, tap * width : tap * width + found.shape[1]] = found
-    return latents

@@ -50,7 +50,7 @@ def write_detection(row: Row) -> None:
     path = choose_file(row)
     old = next((r for r in read_rows(path) if find_key(r) == find_key(row)), None)
     if old is not None:
-        same = old["target_sha256"] == row["target_sha256"]
+        same = old.get("target_sha256") == row["target_sha256"]  # older rows have no hash
         row = row | {"peers": (old["peers"] if same else {}) | row["peers"]}
     write_row(row, path)
 

@@ -20,25 +20,24 @@ from benchmarks.metrics import measure_detection
 from benchmarks.records import SHIFT, write_row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import Cell, read_cell
-from diffense.clean import split_rows
 from diffense.errors import DiffenseError
 
 CELLS: Final = "gtsrb-none,cifar10-none"
 
 
 def brighten(images: Pixels, gain: float) -> Pixels:
-    """All pixels times a gain, clipped."""
+    """(N, H, W, C) uint8 times a gain, rounded and clipped."""
     return np.asarray(np.clip(np.rint(images * gain), 0, 255), np.uint8)
 
 
 def add_noise(images: Pixels, spread: float) -> Pixels:
-    """Normal noise of this standard deviation, in 8-bit steps."""
+    """(N, H, W, C) uint8 plus normal noise of this standard deviation, in 8-bit steps."""
     noise = np.random.default_rng(0).standard_normal(images.shape, np.float32)
     return np.asarray(np.clip(np.rint(images + spread * noise), 0, 255), np.uint8)
 
 
 def compress(images: Pixels, quality: int) -> Pixels:
-    """JPEG there and back."""
+    """(N, H, W, C) uint8 to JPEG and back."""
     return np.stack([_compress_one(image, quality) for image in images])
 
 
@@ -68,15 +67,12 @@ def measure_shifts(cell: Cell, progress: Callable[[str], None]) -> list[dict[str
     """One row a shift: accuracy and false-alarm rates on the clean evaluation images, shifted."""
     found = prepare_cell(cell, None, progress)
     guard = fit_cell(found, None, 0, progress)
-    defender = inspect_images(guard, found.clean.pixels)
-    _, held = split_rows(defender.predicted, guard.manifest.calibration_size, np.random.default_rng(guard.manifest.seed))
-    calibration = score_inspected(guard, inspect_images(guard, found.clean.pixels[held]))
     rows = []
     for name, shift in SHIFTS.items():
         view = inspect_images(guard, shift(found.evaluation.pixels))
         right = view.logits.argmax(1) == found.evaluation.labels
         nothing = np.zeros(0, np.float32)
-        measured = measure_detection(calibration, score_inspected(guard, view), right, nothing, np.zeros(0, bool))
+        measured = measure_detection(guard.scorer.calibration, score_inspected(guard, view), right, nothing, np.zeros(0, bool))
         rows.append(
             {
                 "dataset": cell.dataset,

@@ -45,7 +45,7 @@ def name_cell(row: Row) -> str:
 def render_matrix(rows: list[Row]) -> list[str]:
     """One line a cell."""
     lines = [
-        "| cell | target | accuracy | ASR before → after at 5 % / 1 % FPR | AUROC (right only) | TPR at 1 % / 5 % "
+        "| cell | target | accuracy (crossed) | ASR before → after at 5 % / 1 % FPR | AUROC (right only) | TPR at 1 % / 5 % "
         "| FPR at 1 % / 5 % | network |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -54,8 +54,9 @@ def render_matrix(rows: list[Row]) -> list[str]:
 
 def render_row(row: Row) -> str:
     """One cell."""
+    cross = "" if row["cross_accuracy"] is None else f" ({row['cross_accuracy']:.3f})"
     return (
-        f"| {name_cell(row)} | {row['target']} | {show(row['clean_accuracy'])} | {show(row['asr_before'], '.3f')} → "
+        f"| {name_cell(row)} | {row['target']} | {show(row['clean_accuracy'])}{cross} | {show(row['asr_before'], '.3f')} → "
         f"{show(row['asr_after_fpr5'])} / {show(row['asr_after_fpr1'])} | {show(row['auroc'])} ({show(row['auroc_right'])}) "
         f"| {show(row['tpr_at_fpr1'], '.3f')} / {show(row['tpr_at_fpr5'], '.3f')} "
         f"| {show(row['fpr_at_1'])} / {show(row['fpr_at_5'])} | {'on' if row['network']['used'] else 'off'} |"
@@ -186,7 +187,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         f"{len({(r['dataset'], r['attack']) for r in poisoned})} of {cells} cells are recorded. "
         "AUROC: all clean evaluation images, misclassified ones too, against the triggered images that reach the attacker's "
         "label; in brackets without the misclassified ones. ASR after: triggered images that reach the label and are not "
-        "flagged, over all triggered images; thresholds are set on calibration images, the FPR beside them is what they gave.",
+        "flagged, over all triggered images; crossed: accuracy under "
+        "triggers that must not work; thresholds are set on calibration images, the FPR beside them is what they gave.",
         "",
         *render_matrix(poisoned),
         "",

@@ -60,11 +60,16 @@ def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[White
             guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
             centred = split_mean(guidance, pooled, clean.logits, probabilities)[1]
         whitenings.append(fit_whitening(pooled, centred))
+    return whitenings, project_taps(whitenings, clean.pooled)
+
+
+def project_taps(whitenings: Sequence[Whitening], pooled: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Pooled features of each tap, (N, P) -> (N, K d) latents, padded to the widest tap."""
     width = max(w.directions.shape[1] for w in whitenings)
-    latents = np.zeros((len(clean.source), len(whitenings) * width))
-    for tap, (pooled, w) in enumerate(zip(clean.pooled, whitenings, strict=True)):
-        latents[:, tap * width : tap * width + w.directions.shape[1]] = (pooled - w.mean) @ w.directions
-    return whitenings, latents
+    latents = np.zeros((len(pooled[0]), len(whitenings) * width))
+    for tap, (features, w) in enumerate(zip(pooled, whitenings, strict=True)):
+        latents[:, tap * width : tap * width + w.directions.shape[1]] = (features - w.mean) @ w.directions
+    return latents
 
 
 def write_tapped(target: Target, taps: Sequence[Tap], whitenings: Sequence[Whitening], width: int, path: Path) -> None:

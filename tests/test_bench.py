@@ -125,7 +125,7 @@ def test_filters_keep_their_length_and_turn_by_the_rate():
     turned = (conv.weight.detach() - before).flatten(1)
     values = torch.linalg.svdvals(turned)
     # An orthogonal step of the rate; Newton and Schulz's iteration leaves the singular values between .7 and 1.2 of it.
-    assert values.max() < 0.13 and torch.linalg.matrix_rank(turned) >= 1
+    assert 0.06 < values.max() < 0.13
 
 
 def test_the_adaptive_attack_pulls_triggered_features_to_the_target_class():
@@ -256,7 +256,8 @@ def test_a_peer_that_is_not_defined_for_a_network_says_why_and_stops_nobody(benc
 def test_shifted_images_raise_no_error_and_the_plain_ones_nothing(bench):
     rows = {row["shift"]: row for row in shift.measure_shifts(targets.make_cell("mnist", "none"), print)}
     assert set(rows) == set(shift.SHIFTS)
-    assert rows["none"]["fpr_at_5"] < 0.2 <= rows["noise 10/255"]["fpr_at_5"] + 0.2
+    plain = evaluate_cell(targets.make_cell("mnist", "none"))
+    assert rows["none"]["fpr_at_5"] == plain["fpr_at_5"] and rows["none"]["accuracy"] == plain["clean_accuracy"]
     assert "| Shapes, unpoisoned | JPEG 50 |" in "\n".join(tables.render_shifts(list(rows.values())))
 
 
@@ -320,5 +321,15 @@ def test_runs_that_write_at_the_same_time_lose_no_row(tmp_path):
 def test_committed_results_have_the_keys_that_readers_expect():
     for row in records.read_rows(records.DETECTION):
         assert {"stand_in", "clean_accuracy", "asr_before", "asr_after_fpr1", "asr_after_fpr5", "auroc"} <= set(row)
-        assert {"fpr_at_1", "n_clean_fit", "n_triggered", "score_ms", "target_forwards", "commit", "machine"} <= set(row)
+        assert {
+            "fpr_at_1",
+            "target_sha256",
+            "n_clean_fit",
+            "n_triggered",
+            "score_ms",
+            "target_forwards",
+            "commit",
+            "machine",
+        } <= set(row)
+        assert len(row["target_sha256"]) == 64
         json.dumps(row, allow_nan=False)
