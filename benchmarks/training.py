@@ -1,7 +1,7 @@
 """Training of a target, the way its attacker does it: one short one-cycle run, poisons redrawn in every batch."""
 
 import time
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -124,12 +124,12 @@ class FilterMuon(torch.optim.Muon):
         super().__init__([nn.Parameter(flatten_filters(w.data)) for w in weights], rate, 0.0, MUON_MOMENTUM)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step by the gradients that the convolutions' weights have."""
         for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
             matrix.mul_(len(matrix) ** 0.5 / matrix.norm())
             matrix.grad = None if weight.grad is None else flatten_filters(weight.grad)
-        super().step(closure)  # type: ignore[no-untyped-call]
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def flatten_filters(weight: torch.Tensor) -> torch.Tensor:

@@ -53,3 +53,18 @@ def guard(small_target: Path, clean_images: NDArray[np.uint8], tmp_path_factory:
     """A guard with its network on, fitted on `clean_images`."""
     settings = FitSettings(alpha=0.02, network="on", training_steps=200)
     return fit_guard(Target.open(small_target), clean_images, tmp_path_factory.mktemp("guard") / "g", settings=settings)
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the bench's targets in float32, so that no machine's number format decides a test."""
+    monkeypatch.setattr("benchmarks.precision.probe_bfloat16", lambda: False)
+
+
+@pytest.fixture
+def bench(float32: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The bench with one small image set, in a folder of its own."""
+    from bench_world import set_up  # torch and all attacks, which most tests do not need
+
+    set_up(monkeypatch, tmp_path)
+    return tmp_path

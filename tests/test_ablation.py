@@ -16,11 +16,10 @@ from benchmarks.latents import CellLatents, Seen, get_latents
 from benchmarks.targets import make_cell
 from diffense.fit import FitSettings, fit_guard
 from diffense.target import Target
-from test_bench import bench, float32  # noqa: F401  (fixtures)
 
 
 @pytest.fixture
-def cell(bench):  # noqa: F811
+def cell(bench):
     return make_cell("mnist", "badnets", "small_cnn")
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import datasets, matrix, precision, records, shift, tables, targets
-from benchmarks.attacks import ATTACKS, htba, idba, issba, make_attack
+from bench_world import SPEC, make_split
+from benchmarks import datasets, matrix, records, shift, tables, targets
+from benchmarks.attacks import ATTACKS, htba, idba, make_attack
 from benchmarks.attacks.base import to_pixels, to_planes
 from benchmarks.cache import read_entry, write_entry
-from benchmarks.datasets import Images, Spec, Split
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
 from benchmarks.networks import NETWORKS
@@ -21,33 +21,7 @@ from benchmarks.training import FilterMuon, augment, predict, prepare_batch
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
-SPEC = Spec("mnist", "Shapes", True, 16, 3, 4, False, False, 0, 500, 10, "small_cnn")
-
-
-def make_split() -> Split:
-    return Split(*(Images(*draw_shapes(rows, seed)) for rows, seed in ((1500, 0), (500, 1), (300, 2))))
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """Train in float32 everywhere, so that no machine's number format decides a test."""
-    monkeypatch.setattr(precision, "probe_bfloat16", lambda: False)
-
-
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The bench with one small image set, its own cache and its own results."""
-    split = make_split()
-    monkeypatch.setitem(datasets.SPECS, "mnist", SPEC)
-    monkeypatch.setattr(targets, "load_split", lambda name: split)
-    monkeypatch.setattr("benchmarks.evaluation.load_split", lambda name: split)
-    monkeypatch.setenv("DIFFENSE_BENCH", str(tmp_path / "cache"))
-    monkeypatch.setattr(records, "DETECTION", tmp_path / "detection.json")
-    monkeypatch.setattr(records, "VARIANTS", tmp_path / "variants.json")
-    monkeypatch.setattr(matrix, "DETECTION", tmp_path / "detection.json")
-    for module, name, value in ((idba, "MASK_STEPS", 3), (issba, "STEPS", 3), (htba, "CRAFT_STEPS", 2)):
-        monkeypatch.setattr(module, name, value)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.mark.parametrize("key", ATTACKS)
