@@ -22,6 +22,8 @@ MUON_MOMENTUM: Final = 0.6
 SGD_RATE: Final = 0.2  # at 512 images a batch; of what is not a convolution
 ADAM_RATE: Final = 2e-3
 ADAM_DECAY: Final = 0.05
+TUNING_RATE: Final = 1e-3  # of pretrained networks
+TUNING_BATCH: Final = 32
 WARM_UP: Final = 0.1
 LIGHT: Final = 0.4
 BLOCK: Final = 500
@@ -49,8 +51,10 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         network.prepare(to_planes(train.pixels[rng.permutation(len(train))[:4000]]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     to_channels_last(network).to(device)
-    size = 512 if len(train) >= LARGE else 128
-    steps = spec.epochs * (len(train) // size)
+    size = TUNING_BATCH if network.pretrained else 512 if len(train) >= LARGE else 128
+    an_epoch = len(train) // size
+    epochs = round(spec.epochs * attack.stretch)
+    steps = epochs * an_epoch
     optimizers = make_optimizers(network, size)
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
@@ -61,7 +65,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
     start, total = time.monotonic(), 0.0
     network.train()
     for step in range(steps):
-        place = step % (steps // spec.epochs)
+        place = step % an_epoch
         if place == 0:
             order = rng.permutation(len(train))
         rows = order[place * size : (place + 1) * size]
@@ -79,9 +83,9 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             schedule.step()
         attack.step((step + 1) / steps)
         total += loss.item()
-        if place == steps // spec.epochs - 1:
-            epoch = (step + 1) // (steps // spec.epochs)
-            progress(f"epoch {epoch}/{spec.epochs}: loss {total / (place + 1):.3f}, {time.monotonic() - start:.0f} s")
+        if place == an_epoch - 1:
+            epoch = (step + 1) // an_epoch
+            progress(f"epoch {epoch}/{epochs}: loss {total / (place + 1):.3f}, {time.monotonic() - start:.0f} s")
             total = 0.0
     return network.cpu().eval()
 
@@ -102,9 +106,11 @@ def prepare_batch(
     return change(batch.inputs), batch
 
 
-def make_optimizers(network: nn.Module, size: int) -> list[torch.optim.Optimizer]:
-    """Muon and SGD for networks with batch norm, AdamW for the others; the rates are peaks."""
+def make_optimizers(network: Classifier, size: int) -> list[torch.optim.Optimizer]:
+    """Muon and SGD for networks with batch norm, AdamW for the others and for fine-tuning; the rates are peaks."""
     trained = [p for p in network.parameters() if p.requires_grad]
+    if network.pretrained:
+        return [torch.optim.AdamW(trained, TUNING_RATE, weight_decay=ADAM_DECAY)]
     if not any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
         return [torch.optim.AdamW(trained, ADAM_RATE, weight_decay=ADAM_DECAY)]
     rest = [p for p in trained if p.ndim != 4]

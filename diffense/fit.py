@@ -65,7 +65,7 @@ class FitSettings:
     guide: Literal["auto", "label", "logits"] = "auto"
     seed: int = 0
     chain_sigma: float = 1.0
-    sigmas: tuple[float | tuple[float, ...], ...] = (2.0,)
+    sigmas: tuple[float | tuple[float, ...], ...] = (0.7,)
     steps: int = 1
     draws: int = 4
     label_guidance: float = 1.0

@@ -1,6 +1,7 @@
-"""From evidence to one score: each piece judged by clean inputs, then each tap, then the root mean square.
+"""From evidence to one score: a tap is as surprising as its most surprising piece, and the taps' surprises are averaged.
 
-N inputs, E pieces of evidence, T groups: the strangeness of each tap, then its mismatch.
+Both are judged by clean inputs. The average of ``-log p`` is Fisher's combination, weighted (Good 1955). N inputs, E pieces of
+evidence, T groups: the strangeness of each tap, then its mismatch.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Rule:
 
     Attributes:
         pieces: of the E pieces.
-        groups: (E, T) averages each group's squared surprises.
+        groups: (E, T) one where a piece belongs to a group, else zero.
         taps: of the T groups.
         weights: (T,), they sum to one.
     """
@@ -49,7 +50,7 @@ def fit_rule(blocks: Sequence[Matrix], evidence: list[Evidence]) -> Rule:
         start += numbers.shape[1]
         pieces.append(fit_surprise(numbers))
         surprises = find_surprise(pieces[-1], numbers, np)
-        taps.append(fit_surprise(root_mean(surprises, block[:, block.any(axis=0)], np)))
+        taps.append(fit_surprise(find_largest(surprises, block[:, block.any(axis=0)], np)))
     return Rule(join_surprises(pieces), groups, join_surprises(taps), weights)
 
 
@@ -59,7 +60,7 @@ def join_surprises(parts: list[Surprise]) -> Surprise:
 
 
 def group_evidence(evidence: list[Evidence], deep: float = DEEP) -> tuple[Matrix, Matrix]:
-    """(E, T) averaging matrix of the groups, one a kind and tap, and their (T,) weights.
+    """(E, T) members of the groups, one a kind and tap, and the groups' (T,) weights.
 
     The kinds count alike, however many taps they have; of the taps the deeper half counts `deep` times as much.
     """
@@ -70,7 +71,7 @@ def group_evidence(evidence: list[Evidence], deep: float = DEEP) -> tuple[Matrix
     for kind in {kind for kind, _ in names}:
         members = np.array([name[0] == kind for name in names])
         weights[members] /= weights[members].sum() * len({k for k, _ in names})
-    return groups / groups.sum(axis=0), weights
+    return groups, weights
 
 
 def name_groups(evidence: list[Evidence]) -> list[tuple[str, int]]:
@@ -78,9 +79,9 @@ def name_groups(evidence: list[Evidence]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((e.kind, e.tap) for e in evidence))
 
 
-def root_mean(surprises: Any, groups: Matrix, xp: Any) -> Any:
-    """(N, E) surprises -> (N, T) root of each group's mean square."""
-    return xp.sqrt((surprises * surprises) @ groups)
+def find_largest(surprises: Any, groups: Matrix, xp: Any) -> Any:
+    """(N, E) surprises, none negative -> (N, T) largest of each group: an anomaly sits in a few directions."""
+    return xp.amax(xp.reshape(surprises, (-1, len(groups), 1)) * groups, axis=1)
 
 
 def combine(rule: Rule, evidence: Any, xp: Any) -> Any:
@@ -90,10 +91,9 @@ def combine(rule: Rule, evidence: Any, xp: Any) -> Any:
 
 def combine_surprises(rule: Rule, surprises: Any, xp: Any) -> Any:
     """(N, E) ``-log p`` -> (N,) scores."""
-    return xp.sqrt(xp.sum(share_score(rule, surprises, xp), axis=1))
+    return xp.sum(share_score(rule, surprises, xp), axis=1)
 
 
 def share_score(rule: Rule, surprises: Any, xp: Any) -> Any:
-    """(N, E) ``-log p`` -> (N, T) what each group adds to the squared score."""
-    taps = find_surprise(rule.taps, root_mean(surprises, rule.groups, xp), xp)
-    return taps * taps * rule.weights
+    """(N, E) ``-log p`` -> (N, T) what each group adds to the score."""
+    return find_surprise(rule.taps, find_largest(surprises, rule.groups, xp), xp) * rule.weights

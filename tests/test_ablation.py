@@ -58,9 +58,10 @@ def test_an_untrained_network_is_the_closed_form(fits):
     on, off = Trial(fits, DEFAULT), Trial(fits, CLOSED)
     rows = fits.cell.evaluation
     whole = on.whole
-    assert np.allclose(
-        on.measure_strangeness(whole, rows) - off.measure_strangeness(whole, rows), 2 * np.log(4.0 / 5.0), atol=1e-4
-    )  # sigma 2: the Gaussian gives back 1/5, so the distance is 4/5
+    variance = float(on.sigmas[0, 0]) ** 2
+    kept = variance / (1.0 + variance)  # the Gaussian gives the rest back, so this is the distance
+    difference = on.measure_strangeness(whole, rows) - off.measure_strangeness(whole, rows)
+    assert np.allclose(difference, 2 * np.log(kept), atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -108,10 +109,10 @@ def test_the_table_has_a_line_a_variant_and_means_over_seeds():
          "auroc": auroc, "tpr_at_fpr1": 0.5, "commit": "c", "machine": "m"}
         for d, name, seed, auroc in (
             ("gtsrb", "default", 0, 0.98), ("gtsrb", "default", 1, 0.99), ("mnist", "default", 0, 1.0),
-            ("mnist", "level 4", 0, 0.5),
+            ("mnist", "level 2", 0, 0.5),
         )
     ]  # fmt: skip
     lines = table.render_table(rows, "auroc", table.show_spread)
     assert "| default | default | 0.9850 ± 0.0050 | 1.0000 | 0.9925 |" in lines
-    assert "| levels | level 4 | – | 0.5000 | – |" in lines
+    assert "| levels | level 2 | – | 0.5000 | – |" in lines
     assert "guard seed 0, 1" in table.render_page(rows)

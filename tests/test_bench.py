@@ -17,7 +17,8 @@ from benchmarks.cache import read_entry, write_entry
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
 from benchmarks.networks import NETWORKS
-from benchmarks.training import FilterMuon, augment, predict, prepare_batch
+from benchmarks.networks.efficientnet import EfficientNetLite, read_weights
+from benchmarks.training import FilterMuon, augment, make_optimizers, predict, prepare_batch
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
@@ -87,6 +88,17 @@ def test_networks_give_their_logits_and_block_ends(name, channels, side):
         assert torch.equal(network(images), logits) and logits.shape == (40, 7)
         assert 6 <= len(ends) <= 8 and ends[-1].shape == (40, network.head.in_features)
         torch.testing.assert_close(network.head(ends[-1]), logits)
+
+
+def test_a_pretrained_network_starts_from_the_stored_weights_and_keeps_its_new_head():
+    network = EfficientNetLite(3, 7, 64)
+    head = network.head.weight.detach().clone()
+    network.prepare(torch.zeros(1, 3, 64, 64))
+    stored = read_weights()
+    assert torch.equal(network.stem.conv.weight, stored["_conv_stem.weight"])
+    assert torch.equal(network.stages[-1][0].units[-1].norm.running_var, stored["_blocks.15._bn2.running_var"])
+    assert torch.equal(network.last.conv.weight, stored["_conv_head.weight"]) and torch.equal(network.head.weight, head)
+    assert isinstance(make_optimizers(network, 32)[0], torch.optim.AdamW)
 
 
 def test_filters_keep_their_length_and_turn_by_the_rate():

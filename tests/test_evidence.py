@@ -16,7 +16,7 @@ from diffense.crossfit import cross_fit, measure_reference
 from diffense.denoiser import denoise, init_weights
 from diffense.fit import FitSettings, fit_scorer, ignore_progress
 from diffense.guidance import one_hot
-from diffense.rule import combine, combine_surprises, fit_rule, group_evidence
+from diffense.rule import combine, combine_surprises, find_largest, fit_rule, group_evidence
 from diffense.sampling import draw_noise, in_float32, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import (
@@ -113,7 +113,7 @@ def test_evidence_is_named_in_the_order_of_the_columns() -> None:
         ("mismatch", -1, 1, -1),
     ]
     groups, weights = group_evidence(evidence)
-    wanted = np.array([[1 / 4, 0, 0, 0]] * 2 + [[0, 1 / 2, 0, 0]] + [[1 / 4, 0, 0, 0]] * 2 + [[0, 1 / 2, 0, 0]])
+    wanted = np.array([[1, 0, 0, 0]] * 2 + [[0, 1, 0, 0]] + [[1, 0, 0, 0]] * 2 + [[0, 1, 0, 0]])
     np.testing.assert_allclose(groups[:6], wanted)
     np.testing.assert_allclose(groups[6:], [[0, 0, 1, 0], [0, 0, 0, 1]])
     np.testing.assert_allclose(weights, [1 / 6, 1 / 3, 1 / 6, 1 / 3])  # the deeper tap counts twice, the kinds alike
@@ -157,22 +157,21 @@ def test_surprise_of_clean_distances_that_are_all_alike_is_finite(rows: int, val
 
 
 @given(st.lists(st.floats(0, 20), min_size=8, max_size=8))
-def test_the_score_is_the_weighted_root_mean_square_of_what_each_tap_says(values: list[float]) -> None:
+def test_the_score_is_the_weighted_mean_of_what_the_largest_piece_of_each_tap_says(values: list[float]) -> None:
     evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, 2)
     clean = np.random.default_rng(0).normal(size=(300, 8))
     rule = fit_rule([clean[:, :6], clean[:200, 6:]], evidence)
     score = combine_surprises(rule, np.array([values]), np)[0]
-    means = [np.sqrt(np.mean(np.square(np.array(values)[columns]))) for columns in ([0, 1, 3, 4], [2, 5], [6], [7])]
-    taps = find_surprise(rule.taps, np.array([means]), np)[0]
-    assert score == pytest.approx(np.sqrt(np.average(taps**2, weights=[1, 2, 1, 2])))
+    largest = [np.array(values)[columns].max() for columns in ([0, 1, 3, 4], [2, 5], [6], [7])]
+    taps = find_surprise(rule.taps, np.array([largest]), np)[0]
+    assert score == pytest.approx(np.average(taps, weights=[1, 2, 1, 2]))
 
 
 def test_clean_taps_are_as_surprising_as_their_rank_says() -> None:
     evidence = list_evidence([(tap, band) for tap in range(2) for band in range(3)], 1, 2)
     clean, fresh = (np.random.default_rng(seed).gamma(2.0, size=(2000, 8)) for seed in (0, 1))
     rule = fit_rule([clean[:, :6], clean[:, 6:]], evidence)
-    pieces = find_surprise(rule.pieces, fresh, np)
-    taps = find_surprise(rule.taps, np.sqrt(pieces**2 @ rule.groups), np)
+    taps = find_surprise(rule.taps, find_largest(find_surprise(rule.pieces, fresh, np), rule.groups, np), np)
     np.testing.assert_allclose((taps >= -np.log(0.1)).mean(axis=0), 0.1, atol=0.03)
 
 

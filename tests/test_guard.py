@@ -98,7 +98,7 @@ def test_explain_names_the_evidence_behind_the_score(guard, fresh):
     }
     surprises = np.array([[found[e.tap, e.kind, e.band, e.level] for e in guard.scorer.evidence]])
     shares = share_score(guard.scorer.rule, surprises, np)[0]
-    assert explanation.score == pytest.approx(np.sqrt(shares.sum()), rel=1e-5)
+    assert explanation.score == pytest.approx(shares.sum(), rel=1e-5)
     names = [guard.manifest.taps[tap].name for _, tap in name_groups(guard.scorer.evidence)]
     totals = {name: sum(share for share, n in zip(shares, names, strict=True) if n == name) for name in names}
     assert totals[explanation.tap] == max(totals.values())

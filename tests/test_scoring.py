@@ -93,7 +93,7 @@ def test_more_surprise_never_lowers_the_score(surprises, column, more):
     raised = surprises.copy()
     raised[:, column] += more
     assert (combine_surprises(rule, raised, np) >= combine_surprises(rule, surprises, np)).all()
-    raised[:, column] += 20.0  # beyond what any clean tap shows
+    raised[:, column] += 40.0  # beyond what any clean tap shows, and the strangest of its tap
     assert (combine_surprises(rule, raised, np) > combine_surprises(rule, surprises, np)).all()
 
 

@@ -287,7 +287,7 @@ class Trial:
         seen = self.fits.view(seen, self.variant.taps)
         mismatch = self.excuse(self.measure_mismatch(self.whole, seen), self.find_doubt(seen))
         blocks = self.choose_kinds([self.measure_strangeness(self.whole, seen), mismatch])
-        weights = self.rule.groups @ self.rule.weights
+        weights = self.rule.groups / self.rule.groups.sum(axis=0) @ self.rule.weights
         if self.variant.rule == "z":
             scaled = [(rows - mean) / (spread + TINY) for rows, (mean, spread) in zip(blocks, self.moments, strict=True)]
             return np.asarray(np.concatenate(scaled, axis=1) @ weights, np.float32)
@@ -295,8 +295,8 @@ class Trial:
         surprises = find_surprise(self.rule.pieces, evidence, np)
         scores = {
             "taps": lambda: combine(self.rule, evidence, np),
-            "pieces": lambda: np.sqrt(surprises**2 @ weights),
-            "fisher": lambda: surprises @ weights,
+            "squares": lambda: np.sqrt(surprises**2 @ weights),
+            "pieces": lambda: surprises @ weights,
             "max": lambda: surprises.max(axis=1),
         }
         return np.asarray(scores[self.variant.rule](), np.float32)

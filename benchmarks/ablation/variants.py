@@ -53,7 +53,7 @@ class Variant:
     kinds: tuple[str, ...] = ("strangeness", "mismatch")
     allowance: bool = True
     deep: float = DEEP
-    rule: Literal["taps", "pieces", "fisher", "max", "z"] = "taps"
+    rule: Literal["taps", "squares", "pieces", "max", "z"] = "taps"
 
 
 DEFAULT: Final = Variant("default", "default")
@@ -80,8 +80,8 @@ VARIANTS: Final = (
     replace(DEFAULT, name="twice as wide", group="learned part", units=256),
     replace(DEFAULT, name="level 0.3", group="levels", sigmas=(0.3,)),
     replace(DEFAULT, name="level 1", group="levels", sigmas=(1.0,)),
-    replace(DEFAULT, name="level 4", group="levels", sigmas=(4.0,)),
-    replace(DEFAULT, name="levels 1, 2, 4", group="levels", sigmas=(1.0, 2.0, 4.0)),
+    replace(DEFAULT, name="level 2", group="levels", sigmas=(2.0,)),
+    replace(DEFAULT, name="levels 0.5, 1, 2", group="levels", sigmas=(0.5, 1.0, 2.0)),
     replace(DEFAULT, name="nearest of the samples", group="samples", distance="nearest"),
     replace(DEFAULT, name="mean distance to the samples", group="samples", distance="each"),
     replace(DEFAULT, name="2 draws", group="samples", draws=2),
@@ -96,8 +96,8 @@ VARIANTS: Final = (
     replace(DEFAULT, name="second half of the taps", group="bands and taps", taps="second half"),
     replace(DEFAULT, name="last tap alone", group="bands and taps", taps="last"),
     replace(DEFAULT, name="all taps count alike", group="rule", deep=1.0),
-    replace(DEFAULT, name="all pieces at once", group="rule", rule="pieces"),
-    replace(DEFAULT, name="mean of -log p (Fisher)", group="rule", rule="fisher"),
+    replace(DEFAULT, name="root mean square of all pieces", group="rule", rule="squares"),
+    replace(DEFAULT, name="mean of all pieces", group="rule", rule="pieces"),
     replace(DEFAULT, name="largest -log p", group="rule", rule="max"),
     replace(DEFAULT, name="mean of standard scores", group="rule", rule="z"),
 )

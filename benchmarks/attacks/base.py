@@ -35,6 +35,7 @@ class Attack(ABC):
         title: as the literature writes it.
         poisons: whether the target is trained with `poison`; False where a clean target is altered afterwards.
         last: whether the trigger comes after the augmentation, as where it is made from the image that the target sees.
+        stretch: epochs of its targets over those of a plain one, where the trigger itself is learned on the way.
         revision: raised when the attack changes, so that its targets are trained anew.
         target: the label that the attacker wants.
         source: the only class whose images are attacked, or None: all but the target's.
@@ -44,6 +45,7 @@ class Attack(ABC):
     title: ClassVar[str]
     poisons: ClassVar[bool] = True
     last: ClassVar[bool] = False
+    stretch: ClassVar[float] = 1.0
     revision: ClassVar[int] = 0
     target: int = TARGET_LABEL
     source: int | None = None
