@@ -15,6 +15,7 @@
     ├── ExportError             a graph could not be exported
     │   └── ParityError         an exported graph differs from its source
     ├── ServeError              the server could not be started
+    ├── BenchError              a measurement could not be made
     └── ClientError             a call to a server
         ├── ServerDownError     nobody answers at that address
         ├── ModelNotReadyError  the server has no such model, or it is not loaded
@@ -77,6 +78,10 @@ class ParityError(ExportError):
 
 class ServeError(DiffenseError):
     """The server could not be started, or stopped unexpectedly."""
+
+
+class BenchError(DiffenseError):
+    """A measurement could not be made."""
 
 
 class ClientError(DiffenseError):

@@ -104,7 +104,7 @@ class AsyncGuardClient:
         if self._closed:
             raise OptionError("this client is closed; make a new one")
         if self._transport is None:  # made at the first call, for it binds to the running event loop
-            self._transport = _open_transport(self._settings)
+            self._transport = open_transport(self._settings)
         return self._transport
 
     async def _run(self, served: ServedModel, requests: Iterator[Request]) -> GuardedPrediction:
@@ -154,7 +154,8 @@ class AsyncGuardClient:
         return used
 
 
-def _open_transport(settings: Settings) -> AsyncTransport:
+def open_transport(settings: Settings) -> AsyncTransport:
+    """Connect at the first call, within the event loop that runs then."""
     if settings.protocol == "grpc":
         return AsyncGrpcTransport(settings.address)
     return AsyncHttpTransport(settings.host, settings.port)

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "demo": "diffense.cli.demo",
     "doctor": "diffense.cli.doctor",
     "evaluate": "diffense.cli.evaluate",
+    "bench": "diffense.cli.bench",
 }
 ERROR_EXIT: Final = 2
 TRACEBACK_VARIABLE: Final = "DIFFENSE_TRACEBACK"
