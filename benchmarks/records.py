@@ -14,8 +14,11 @@ DETECTION: Final = RESULTS / "detection.json"
 VARIANTS: Final = RESULTS / "detection_variants.json"
 ABLATION: Final = RESULTS / "ablation.json"
 SHIFT: Final = RESULTS / "shift.json"
+SERVING: Final = RESULTS / "serving.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
+SCENARIO: Final = ("protocol", "batch", "concurrency", "shared_memory", "tool", "machine")
+SERVING_KEYS: Final = ("target", "placement", "loop", "gateway", *SCENARIO)
 
 Row = dict[str, Any]
 
@@ -35,7 +38,7 @@ def read_rows(path: Path) -> list[Row]:
         return []
     try:
         rows = json.loads(path.read_text())
-        if all(all(key in row for key in KEYS) for row in rows):
+        if all(all(key in row for key in find_required(path)) for row in rows):
             return list(rows)
     except (ValueError, TypeError):
         pass
@@ -55,9 +58,15 @@ def write_detection(row: Row) -> None:
     write_row(row, path)
 
 
+def find_required(path: Path) -> tuple[str, ...]:
+    """Keys that every row of a file has."""
+    return SERVING_KEYS if path.name == SERVING.name else KEYS
+
+
 def find_key(row: Row) -> tuple[Any, ...]:
     """What tells the rows of a file apart."""
-    return tuple(row.get(name) for name in (*KEYS, *MORE_KEYS))
+    names = SERVING_KEYS if "placement" in row else (*KEYS, *MORE_KEYS)
+    return tuple(row.get(name) for name in names)
 
 
 def write_row(row: Row, path: Path) -> None:

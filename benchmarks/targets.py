@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
+from torch import nn
 
 from benchmarks.attacks import MATRIX, find_attack, make_attack
 from benchmarks.attacks.base import Attack
@@ -135,7 +136,7 @@ def _train(cell: Cell, split: Split, work: Path, progress: Callable[[str], None]
     save_model(network, str(work / NETWORK_FILE))
     for name, module in attack.networks().items():
         save_model(module, str(work / f"{name}.safetensors"))
-    export_network(network, spec, work / ONNX_FILE)
+    export_network(network, spec.channels, spec.side, work / ONNX_FILE)
     facts = measure_target(network, attack, split)
     progress(f"{cell.name}: " + ", ".join(f"{k} {v:.4f}" for k, v in facts.items() if v is not None))
     return facts
@@ -153,9 +154,9 @@ def measure_target(network: Classifier, attack: Attack, split: Split) -> dict[st
     return {"accuracy": accuracy, "asr": asr, "cross_accuracy": kept}
 
 
-def export_network(network: Classifier, spec: Spec, path: Path) -> None:
+def export_network(network: nn.Module, channels: int, side: int, path: Path) -> None:
     """Write a network as ONNX: ``image`` (N, C, H, W) float32 from 0 to 1 -> ``logits`` (N, classes)."""
-    example = torch.from_numpy(np.zeros((2, spec.channels, spec.side, spec.side), np.float32))
+    example = torch.from_numpy(np.zeros((2, channels, side, side), np.float32))
     axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
     with warnings.catch_warnings():
         # The newer exporter needs onnxscript and writes file paths of this machine into its graphs.

@@ -15,6 +15,7 @@ from PIL import Image
 
 import onnx_models
 from diffense.cli import main
+from diffense.fit import FitSettings
 from diffense.guard import Guard
 from diffense.target import Target
 from shapes import draw_shapes
@@ -151,7 +152,12 @@ def test_inspect_and_fit_take_the_layout_that_the_message_asks_for(tmp_path: Pat
     )
     code, said, told = run_cli("fit", path, images, "--out", tmp_path / "guard", *options)
     assert code == 0, told
-    preprocessing = Guard.load(tmp_path / "guard", path).preprocessing
+    fitted, defaults = Guard.load(tmp_path / "guard", path), FitSettings()
+    sampling = fitted.manifest.sampling
+    assert {level for row in sampling.sigmas for level in row} == set(defaults.sigmas)  # what was not given is the API's own
+    assert (sampling.steps, sampling.draws) == (defaults.steps, defaults.draws)
+    assert (sampling.label_guidance, sampling.data_guidance) == (defaults.label_guidance, defaults.data_guidance)
+    preprocessing = fitted.preprocessing
     assert (preprocessing.layout, preprocessing.size, preprocessing.mean) == ("NHWC", (3, 4), (0.5,))
     assert preprocessing.std == (0.25, 0.5, 1.0)
     assert preprocessing.scale == pytest.approx(1 / 255)

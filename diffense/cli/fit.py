@@ -55,7 +55,7 @@ def command(
     std: Annotated[str | None, typer.Option(help="Divided by after the mean; one number or one a channel.")] = None,
     layout: Annotated[Layout | None, typer.Option(help="Layout of the graph's input, where it is ambiguous.")] = None,
     seed: Annotated[int, typer.Option(help="Of split, noise bank and training.")] = 0,
-    sigmas: Annotated[str, typer.Option(help="Noise levels, comma-separated.")] = "2.0",
+    sigmas: Annotated[str | None, typer.Option(help="Noise levels, comma-separated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoiser calls in sequence.")] = 1,
     draws: Annotated[int, typer.Option(min=2, help="Noises a level, even.")] = 4,
     label_guidance: Annotated[float, typer.Option(help="1 is the label-conditional denoiser itself.")] = 1.0,
@@ -80,7 +80,7 @@ def command(
         raise OptionError(f"--scale, --mean or --std: {error.errors()[0]['msg']}") from error
     loaded = load_images(images, preprocessing.size, preprocessing.channels)
     note_skipped(console, loaded)
-    levels = parse_floats("--sigmas", sigmas)
+    levels = FitSettings.sigmas if sigmas is None else parse_floats("--sigmas", sigmas)
     if draws % 2 or not levels:
         raise OptionError(f"--draws is {draws} and must be even; --sigmas is {sigmas!r} and must name a level")
     settings = FitSettings(
