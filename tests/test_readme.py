@@ -44,7 +44,7 @@ def test_guard_your_own_model_and_ask_it(small_target, tmp_path):
     shutil.copy(small_target, tmp_path / "classifier.onnx")
     save_images(tmp_path / "clean", 250, seed=11)
     save_images(tmp_path / "suspects", 12, seed=12)
-    guard_it, scan_it = blocks("bash")
+    guard_it, scan_it, bench_it = blocks("bash")
     assert len(guard_it.strip().splitlines()) < 10
     *commands, serve = guard_it.strip().splitlines()
     for command in commands:
@@ -69,6 +69,8 @@ def test_guard_your_own_model_and_ask_it(small_target, tmp_path):
             assert len(answers) == 12 and all(re.search(r"\.png 0\.\d{3}|\.png 1\.000", line) for line in answers)
             run(scan_it.strip().replace("8001", str(ports[1])), tmp_path, expected=(0, 1))
             assert len((tmp_path / "verdicts.csv").read_text().splitlines()) == 13
+            run(f"{bench_it.strip().replace('8001', str(ports[1]))} --seconds 0.2 --rounds 1", tmp_path)
+            assert len(json.loads((tmp_path / "bench.json").read_text())) == 4
         finally:
             server.send_signal(signal.SIGINT)
             server.stdout.read()
@@ -95,5 +97,5 @@ def test_every_command_is_in_the_readme_or_helps_itself():
         assert run(f"diffense {name} --help", ROOT).count("Usage") == 1
     assert all(
         f"diffense {name}" in README
-        for name in ("fit", "score", "calibrate", "inspect", "export", "serve", "scan", "demo", "doctor", "evaluate")
+        for name in ("fit", "score", "calibrate", "inspect", "export", "serve", "scan", "demo", "doctor", "evaluate", "bench")
     )
