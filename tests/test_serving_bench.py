@@ -54,6 +54,10 @@ def test_an_export_is_measured_kept_and_shown(
     (first,) = json.loads(results.read_text())
     assert (first["target"], first["placement"], first["loop"], first["gateway"]) == ("tiny", "shared", "fused", False)
     assert first["guarded"]["requests"] > 0 and first["guarded"]["rejected"] == 0
+    times = first["time_ms"]
+    model = first["model"]
+    assert {model + suffix for suffix in ("_tapped", "_guard", "_scorer")} <= set(times) and model not in times  # not asked
+    assert times[f"{model}_guard"]["compute_infer"] >= times[f"{model}_scorer"]["compute_infer"] > 0  # it waits for its callee
     command.main([*options, "--scenarios", "2"])
     rows = json.loads(results.read_text())
     assert len(rows) == 2 and first in rows  # what was measured is kept, what was missing was added
@@ -61,7 +65,7 @@ def test_an_export_is_measured_kept_and_shown(
     table.main()
     page = (tmp_path / "serving.md").read_text()
     assert page.count("| tiny | shared | fused |") == 2 and "stand-in" in page
-    assert (tmp_path / "serving.png").stat().st_size > 1000
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("serving.png", "serving_time.png"))
     capsys.readouterr()
 
 

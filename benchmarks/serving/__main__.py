@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.records import SERVING, read_rows, write_row
+from benchmarks.serving.breakdown import Breakdown
 from benchmarks.serving.networks import NETWORKS, write_network
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from diffense.bench.comparison import Scenario, choose_tool, compare_models, read_models
@@ -119,8 +120,20 @@ def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Any]
         for scenario in scenarios:
             url = server.endpoints.grpc if scenario.protocol == "grpc" else server.endpoints.http
             description = read_models(url, scenario.protocol, guarded, model)
-            found = compare_models(url, description, model, scenario, images[:32], tool=tool, rounds=rounds, seconds=seconds)
-            row = asdict(found) | describe(served, scenario, tool[0]) | {"commit": find_commit()}
+            breakdown = Breakdown(server.endpoints.grpc, guarded, tool[1])
+            found = compare_models(
+                url,
+                description,
+                model,
+                scenario,
+                images[:32],
+                tool=(tool[0], breakdown.measure),
+                rounds=rounds,
+                seconds=seconds,
+            )
+            row = (
+                asdict(found) | describe(served, scenario, tool[0]) | {"time_ms": breakdown.average(), "commit": find_commit()}
+            )
             write_row(row, SERVING)
             print(f"{guarded} {scenario}: p50 x{found.p50_ratio:.3f}, throughput x{found.throughput_ratio:.3f}", flush=True)
 
