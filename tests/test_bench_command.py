@@ -172,6 +172,7 @@ def test_a_failure_says_so_in_one_line_and_keeps_what_was_measured(endpoints: En
         (endpoints.grpc, MODEL, ("--perf-analyzer", "/bin/false"), "ended with code 1: it said nothing"),
         (endpoints.grpc, MODEL, ("--perf-analyzer", tmp_path), "get_perf_analyzer.sh"),
         (endpoints.grpc, MODEL, ("--batch", "0"), "numbers above 0"),
+        (endpoints.grpc, MODEL, ("--tool", "builtin", "--perf-analyzer", "/bin/true"), "leave one out"),
     ):
         code, _, said = run_cli("--url", url, "--model", model, "--seconds", "0.2", "--rounds", "1", *more)
         assert code == 2 and expected in said and len(said.splitlines()) == 1

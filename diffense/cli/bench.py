@@ -66,7 +66,9 @@ def command(
     scheme, host, port = split_url(url)
     chosen = (protocol.value if protocol else None) or scheme or "grpc"
     address, production = f"{host}:{port}", beside or name_production(model)
-    program = find_perf_analyzer(perf_analyzer) if tool is not Tool.builtin or perf_analyzer else None
+    if tool is Tool.builtin and perf_analyzer is not None:
+        raise OptionError("--tool builtin and --perf-analyzer name two tools; leave one out")
+    program = None if tool is Tool.builtin else find_perf_analyzer(perf_analyzer)
     if tool is Tool.perf_analyzer and program is None:
         raise OptionError(f"no perf_analyzer on PATH; {INSTALL}, or give --perf-analyzer")
     shared = {"off": [False], "on": [True], "both": [False, True]}[shared_memory.value]
