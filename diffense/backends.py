@@ -14,6 +14,7 @@ from diffense.templates import STAND_IN, find_templates
 
 WHEEL: Final = "nvidia-pytriton"
 SERVER_IN_WHEEL: Final = {"0.7.0": "2.51.0"}  # stated nowhere inside the wheel
+BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 INSTALL: Final = 'pip install "diffense[serve]"'
 
 
@@ -127,6 +128,8 @@ def assemble_backends(files: ServerFiles, folder: Path) -> list[str]:
 def server_environment(files: ServerFiles) -> dict[str, str]:
     """Environment in which the server's Python models import what this process can import."""
     environment = dict(os.environ)
+    # NumPy's idle BLAS threads spin on the cores that the classifier needs (docs/decisions/0009); the guard's products are small.
+    environment.setdefault(BLAS_THREADS, "1")
     package = Path(__file__).resolve().parents[1]
     if package != Path(sysconfig.get_path("purelib")).resolve():
         _prepend(environment, "PYTHONPATH", package)

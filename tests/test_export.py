@@ -94,6 +94,14 @@ def test_no_tensor_is_an_output_of_the_ensemble_and_an_input_of_a_later_step(gua
         assert forward(config, names.LATENTS) == ["m_guard"]
 
 
+@pytest.mark.parametrize(("loop", "callee"), [("bls", "m_denoiser"), ("fused", "m_scorer")])
+def test_the_guards_own_graphs_get_one_thread_unless_told_otherwise(guard, small_target, tmp_path, loop, callee):
+    export_guard(guard, small_target, tmp_path / "r", "m", loop=loop)
+    configs = read_configs(tmp_path / "r")
+    assert configs[callee].parameters["intra_op_thread_count"].string_value == "1"
+    assert not any("intra_op_thread_count" in configs[name].parameters for name in ("m", "m_features"))
+
+
 def test_configs_keep_to_what_the_loops_can_bear(guard, small_target, tmp_path):
     export_guard(guard, small_target, tmp_path / "r", "m", max_batch_size=12, instances=2, threads=3)
     for name, config in read_configs(tmp_path / "r").items():

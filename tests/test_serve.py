@@ -70,9 +70,13 @@ def test_server_of_a_wrong_path_is_refused(tmp_path: Path) -> None:
 
 def test_environment_puts_this_python_first_and_keeps_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     environment = server_environment(find_server("wheel"))
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
+    assert environment["OPENBLAS_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
+    assert server_environment(find_server("wheel"))["OPENBLAS_NUM_THREADS"] == "4"
     assert any("nvidia_pytriton.libs" in part for part in environment["LD_LIBRARY_PATH"].split(os.pathsep))
 
 

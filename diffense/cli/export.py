@@ -53,7 +53,9 @@ def command(
     closed: Annotated[bool, typer.Option("--closed", help="Gateway: no verdict is an error.")] = False,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 32,
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses, one for the guard's.")
+    ] = 0,
     clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:

@@ -55,9 +55,23 @@ class ConfigWriter:
     threads: int = 0
 
     def make_onnx(
-        self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], image: Sequence[int] = ()
+        self,
+        name: str,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        image: Sequence[int] = (),
+        small: bool = False,
     ) -> Any:
-        """Config of an ONNX graph, run once before it is ready; ``image`` closes open dimensions of that one run."""
+        """Config of an ONNX graph, run once before it is ready.
+
+        Args:
+            name: of the model.
+            inputs: of the graph.
+            outputs: of the graph.
+            image: closes open dimensions of that one run.
+            small: one thread unless `threads` says otherwise: the idle threads of a small graph spin for some twenty
+                milliseconds on the cores that the next image's large graph needs (docs/decisions/0009).
+        """
         config = self._start(name, inputs, outputs)
         config.backend = "onnxruntime"
         config.default_model_filename = "model.onnx"
@@ -65,8 +79,9 @@ class ConfigWriter:
             if self._is_scalar(spec):
                 # Triton wants at least one dimension beside the batch; the graph gives (N,).
                 entry.reshape.SetInParent()
-        if self.threads:
-            self.set_parameters(config, {"intra_op_thread_count": str(self.threads)})
+        threads = self.threads or int(small)
+        if threads:
+            self.set_parameters(config, {"intra_op_thread_count": str(threads)})
         warm_up = config.model_warmup.add(name="zeros", batch_size=1)
         for spec in inputs:
             warm = warm_up.inputs[spec.name]

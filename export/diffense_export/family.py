@@ -172,7 +172,7 @@ class FamilyBuilder:
         session = open_session(path, optimize=False)
         inputs = [_free_batch(describe_tensor(node)) for node in session.get_inputs()]
         outputs = [_free_batch(describe_tensor(node)) for node in session.get_outputs()]
-        self._write(self.writer.make_onnx(self.wiring.callee, inputs, outputs))
+        self._write(self.writer.make_onnx(self.wiring.callee, inputs, outputs, small=True))
         return path
 
     def _build_guard(self) -> None:

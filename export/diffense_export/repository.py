@@ -92,7 +92,7 @@ def export_guard(
         production: False leaves the model that stands in the repository alone; it must be the guard's target.
         max_batch_size: most images of a request, and of a stack of requests. Classifiers of one fixed batch keep that.
         instances: copies of each model.
-        threads: threads of each graph, 0 for the runtime's choice.
+        threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one.
         clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
         dry_run: do everything except the installation.
 
