@@ -128,7 +128,7 @@ def assemble_backends(files: ServerFiles, folder: Path) -> list[str]:
 def server_environment(files: ServerFiles) -> dict[str, str]:
     """Environment in which the server's Python models import what this process can import."""
     environment = dict(os.environ)
-    # NumPy's idle BLAS threads spin on the cores that the classifier needs (docs/decisions/0009); the guard's products are small.
+    # Idle BLAS threads spin on the cores that the classifier needs, and the guard's products are small (docs/decisions/0009).
     environment.setdefault(BLAS_THREADS, "1")
     package = Path(__file__).resolve().parents[1]
     if package != Path(sysconfig.get_path("purelib")).resolve():

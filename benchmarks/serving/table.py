@@ -15,8 +15,8 @@ from benchmarks.settings import RESULTS
 from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
 HEAD: Final = (
-    "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "p50 ms", "guarded", "p99 ms", "guarded",
-    "images/s", "guarded", "p50 ratio", "throughput ratio",
+    "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
+    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio",
 )  # fmt: skip
 STEPS: Final = {
     "production": "#3b6ea5",
@@ -44,6 +44,7 @@ def render_row(row: Row) -> str:
         str(row["batch"]),
         str(row["concurrency"]),
         "on" if row["shared_memory"] else "off",
+        row["tool"],
         *(f"{value:.4g}" for pair in pairs for value in pair),
         f"{row['p50_ratio']:.2f}",
         f"{row['throughput_ratio']:.2f}",
