@@ -17,8 +17,9 @@ SHIFT: Final = RESULTS / "shift.json"
 SERVING: Final = RESULTS / "serving.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
-SCENARIO: Final = ("protocol", "batch", "concurrency", "shared_memory", "tool", "machine")
-SERVING_KEYS: Final = ("target", "placement", "loop", "gateway", *SCENARIO)
+SERVING_KEYS: Final = (
+    "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
         return []
     try:
         rows = json.loads(path.read_text())
-        if all(all(key in row for key in find_required(path)) for row in rows):
+        if all(all(key in row for key in choose_keys(row)) for row in rows):
             return list(rows)
     except (ValueError, TypeError):
         pass
@@ -58,15 +59,14 @@ def write_detection(row: Row) -> None:
     write_row(row, path)
 
 
-def find_required(path: Path) -> tuple[str, ...]:
-    """Keys that every row of a file has."""
-    return SERVING_KEYS if path.name == SERVING.name else KEYS
+def choose_keys(row: Row) -> tuple[str, ...]:
+    """Keys that every row of its kind has: those of a served model's, or of a cell's."""
+    return SERVING_KEYS if "placement" in row else KEYS
 
 
 def find_key(row: Row) -> tuple[Any, ...]:
     """What tells the rows of a file apart."""
-    names = SERVING_KEYS if "placement" in row else (*KEYS, *MORE_KEYS)
-    return tuple(row.get(name) for name in names)
+    return tuple(row.get(name) for name in (*choose_keys(row), *MORE_KEYS))
 
 
 def write_row(row: Row, path: Path) -> None:

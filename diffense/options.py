@@ -34,6 +34,18 @@ def parse_floats(option: str, text: str | None) -> tuple[float, ...] | None:
     return numbers
 
 
+def parse_counts(option: str, text: str) -> list[int]:
+    """``"1,8,32"`` -> numbers.
+
+    Raises:
+        OptionError: not comma-separated, positive whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise OptionError(f"{option} is {text!r}, it must be numbers above 0 separated by commas")
+    return [int(part) for part in parts]
+
+
 def parse_names(text: str | None) -> list[str] | None:
     """``"a,b"`` -> names; None stays None."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]

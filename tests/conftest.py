@@ -1,8 +1,10 @@
 """Fixtures that several test modules share."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 
 import onnx_models
 import shapes
+from diffense.cli import main
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.serve import TritonServer
@@ -68,3 +71,18 @@ def bench(float32: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
 
     set_up(monkeypatch, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; its exit code, stdout and stderr."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffense", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run

@@ -18,7 +18,7 @@ from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
 from benchmarks.networks import NETWORKS
 from benchmarks.networks.efficientnet import EfficientNetLite, read_weights
-from benchmarks.training import FilterMuon, augment, make_optimizers, predict, prepare_batch
+from benchmarks.training import FilterMuon, augment, make_optimizers, predict, prepare_batch, train_target
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
@@ -175,6 +175,15 @@ def test_peers_are_kept_for_the_same_target_alone(bench):
     assert set(records.read_rows(records.DETECTION)[0]["peers"]) - {"closed_form"} == {"ratio"}
     records.write_detection(row | {"target_sha256": "another", "peers": {}})
     assert records.read_rows(records.DETECTION)[0]["peers"] == {}
+
+
+def test_an_attack_may_stretch_the_training(monkeypatch):
+    monkeypatch.setattr(ATTACKS["badnets"], "stretch", 1.5)
+    lines: list[str] = []
+    spec = replace(SPEC, epochs=2)
+    train_target(spec, "small_cnn", make_attack("badnets", spec, 0), make_split().train, 0, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert ATTACKS["idba"].stretch == 1.5
 
 
 def test_a_cell_is_trained_once_evaluated_and_recorded(bench):

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from diffense.bench.comparison import compare_models, list_scenarios, name_produ
 from diffense.bench.load import Load, run_load
 from diffense.bench.perf_analyzer import find_perf_analyzer, read_figures, run_perf_analyzer
 from diffense.bench.statistics import Statistics, combine, summarise
-from diffense.cli import main
 from diffense.errors import BadInputError, BenchError, OptionError, ServerError
 from diffense.serve import Endpoints, TritonServer
 
@@ -35,18 +34,9 @@ def endpoints(triton_for: Callable[..., TritonServer], tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line; its exit code, stdout and stderr."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffense", "bench", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+def run_cli(run_cli: Run) -> Run:
+    """Run this command."""
+    return partial(run_cli, "bench")
 
 
 @given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=50), st.floats(0.1, 60), st.integers(1, 32))

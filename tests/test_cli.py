@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 
 import onnx_models
-from diffense.cli import main
 from diffense.fit import FitSettings
 from diffense.guard import Guard
 from diffense.target import Target
@@ -22,21 +20,6 @@ from shapes import draw_shapes
 
 Run = Callable[..., tuple[int, str, str]]
 HOSTILE = "\x1b]0;owned\x07[bold]"
-
-
-@pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line; its exit code, stdout and stderr."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffense", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def save_npz(path: Path, images: Any) -> Path:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffense.errors import OptionError
-from diffense.options import parse_floats, parse_names, parse_size
+from diffense.options import parse_counts, parse_floats, parse_names, parse_size
 
 SIDE = st.integers(1, 10**6)
 
@@ -58,3 +58,10 @@ def test_numbers_must_be_finite(value: float) -> None:
 def test_names_lose_blanks_and_empty_ones() -> None:
     assert parse_names("a, /b/Relu ,,c") == ["a", "/b/Relu", "c"]
     assert parse_names(None) is None
+
+
+def test_counts_are_positive_whole_numbers() -> None:
+    assert parse_counts("--batch", "1, 8,32") == [1, 8, 32]
+    for text in ("", "0", "1,,2", "-1", "1.5", "²"):
+        with pytest.raises(OptionError, match="--batch"):
+            parse_counts("--batch", text)

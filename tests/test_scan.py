@@ -1,8 +1,8 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from pyarrow import parquet
 
 from client_codes import BROKEN, UNSCORED
 from client_repository import CLASSES, MODEL, SHAPE, expect_logits, expect_scores, make_pixels, shared_repository, trigger
-from diffense.cli import main
 from diffense.errors import OptionError
 from diffense.serve import Endpoints, TritonServer
 from diffense.text import printable
@@ -31,18 +30,9 @@ def endpoints(triton_for: Callable[..., TritonServer], tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line; its exit code, stdout and stderr."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffense", "scan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+def run_cli(run_cli: Run) -> Run:
+    """Run this command."""
+    return partial(run_cli, "scan")
 
 
 def grey(level: int) -> Any:

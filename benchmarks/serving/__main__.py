@@ -17,11 +17,10 @@ from benchmarks.records import SERVING, read_rows, write_row
 from benchmarks.serving.breakdown import Breakdown
 from benchmarks.serving.networks import NETWORKS, write_network
 from benchmarks.settings import describe_machine, find_cache, find_commit
-from diffense.bench.comparison import Scenario, choose_tool, compare_models, read_models
+from diffense.bench.comparison import Measure, Scenario, choose_tool, compare_models, read_models
 from diffense.bench.perf_analyzer import find_perf_analyzer
 from diffense.errors import DiffenseError, OptionError
 from diffense.fit import FitSettings, fit_guard
-from diffense.graphs import hash_target
 from diffense.guard import Guard
 from diffense.names import GATEWAY_SUFFIX, GUARDED_SUFFIX
 from diffense.serve import TritonServer
@@ -109,7 +108,7 @@ def is_done(served: Served, scenario: Scenario, tool: str) -> bool:
     return any(all(row.get(name) == value for name, value in wanted.items()) for row in read_rows(SERVING))
 
 
-def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Any], rounds: int, seconds: float) -> None:
+def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Measure], rounds: int, seconds: float) -> None:
     """Start a server on one export and measure scenario by scenario; each is written as soon as it is there."""
     side = NETWORKS[served.target][0]
     images = draw_smooth_noise(IMAGES, (side, side), 3)
@@ -154,12 +153,9 @@ def prepare_repository(served: Served, images: NDArray[np.uint8], model: str) ->
 def fit_or_load(target: Path, images: NDArray[np.uint8], folder: Path) -> Guard:
     """The guard of these weights, its network on: the costlier of the two that a user may get."""
     try:
-        guard = Guard.load(folder, target)
-        if guard.manifest.target_sha256 == hash_target(target):
-            return guard
-    except DiffenseError:  # none yet, or of an older version
-        pass
-    return fit_guard(Target.open(target), images, folder, settings=FitSettings(network="on", training_steps=100))
+        return Guard.load(folder, target)
+    except DiffenseError:  # none yet, of other weights, or of an older version
+        return fit_guard(Target.open(target), images, folder, settings=FitSettings(network="on", training_steps=100))
 
 
 if __name__ == "__main__":

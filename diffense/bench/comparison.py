@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Final, Literal
@@ -154,19 +154,16 @@ def compare_models(
         pairs.append(tuple(found) if turn % 2 == 0 else tuple(reversed(found)))
     unguarded, guarded = (combine(side) for side in zip(*pairs, strict=True))
     return Comparison(
-        production,
-        served.name,
-        scenario.protocol,
-        scenario.batch,
-        scenario.concurrency,
-        scenario.shared_memory,
-        name,
-        rounds,
-        seconds,
-        unguarded,
-        guarded,
-        float(np.median([g.throughput / u.throughput for u, g in pairs])),
-        float(np.median([g.p50_ms / u.p50_ms for u, g in pairs])),
+        model=production,
+        guarded_model=served.name,
+        **asdict(scenario),
+        tool=name,
+        rounds=rounds,
+        seconds=seconds,
+        unguarded=unguarded,
+        guarded=guarded,
+        throughput_ratio=float(np.median([g.throughput / u.throughput for u, g in pairs])),
+        p50_ratio=float(np.median([g.p50_ms / u.p50_ms for u, g in pairs])),
     )
 
 

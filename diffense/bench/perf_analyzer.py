@@ -46,7 +46,7 @@ def run_perf_analyzer(program: Path, load: Load, requests: Sequence[Request]) ->
         requests: of one model that stacks requests along its first dimension; all of the same number of images.
 
     Raises:
-        BenchError: it failed; the message is its own last line.
+        BenchError: it failed; the message holds the first line that it said.
     """
     with tempfile.TemporaryDirectory(prefix="diffense-bench-") as name:
         images, figures = Path(name) / "images.json", Path(name) / "figures.csv"

@@ -13,6 +13,7 @@ from rich.table import Table
 from diffense.cli.notes import note_skipped
 from diffense.cli.scan import Protocol
 from diffense.errors import OptionError
+from diffense.options import parse_counts
 
 if TYPE_CHECKING:
     from diffense.bench.comparison import Comparison
@@ -75,8 +76,8 @@ def command(
     scenarios = list(
         list_scenarios(
             "http" if chosen == "http" else "grpc",
-            read_numbers("batch", batch),
-            read_numbers("concurrency", concurrency),
+            parse_counts("--batch", batch),
+            parse_counts("--concurrency", concurrency),
             shared,
         )
     )
@@ -97,21 +98,6 @@ def command(
         typer.echo(json.dumps([asdict(comparison) for comparison in found]))
     else:
         _print_table(found)
-
-
-def read_numbers(option: str, text: str) -> list[int]:
-    """``1,8,32`` -> numbers.
-
-    Raises:
-        OptionError: one is no number above zero.
-    """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise OptionError(f"--{option} {text}: write numbers above 0, separated by commas, 1,8,32 for instance")
-    return numbers
 
 
 def load_pixels(path: Path | None, size: tuple[int, int], channels: int, notes: Console) -> Any:
