@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from diffense.bench.statistics import Statistics, summarise
-from diffense.errors import OverloadedError
+from diffense.errors import ClientError, OverloadedError
 from diffense_client._aio import open_transport
 from diffense_client._core import Request, Settings
 from diffense_client._shared_memory import LET_GO_S, Region
@@ -63,13 +63,15 @@ async def _run(load: Load, requests: Sequence[Request]) -> Statistics:
         start = time.perf_counter() + load.warm_up_s
         end = start + load.seconds
         recorders = [_Recorder(start, end) for _ in range(load.concurrency)]
-        try:
-            async with asyncio.TaskGroup() as group:
-                for place, recorder in enumerate(recorders):
-                    turned = sent[place % len(sent) :] + sent[: place % len(sent)]
-                    group.create_task(recorder.run(transport, itertools.cycle(turned)))
-        except ExceptionGroup as failures:  # what ended the first task ends the measurement
-            raise failures.exceptions[0] from None
+        # Nothing is cancelled: the wheel's server has died of a request that was cancelled under way.
+        failures: list[ClientError] = []
+        turned = [sent[place % len(sent) :] + sent[: place % len(sent)] for place in range(load.concurrency)]
+        runs = [
+            recorder.run(transport, itertools.cycle(own), failures) for recorder, own in zip(recorders, turned, strict=True)
+        ]
+        await asyncio.gather(*runs)
+        if failures:
+            raise failures[0]
     latencies = [latency for recorder in recorders for latency in recorder.latencies]
     return summarise(latencies, load.seconds, requests[0].rows, sum(recorder.rejected for recorder in recorders))
 
@@ -82,10 +84,11 @@ class _Recorder:
         self.latencies: list[float] = []
         self.rejected = 0
 
-    async def run(self, transport: AsyncTransport, requests: "itertools.cycle[Request]") -> None:
+    async def run(self, transport: AsyncTransport, requests: "itertools.cycle[Request]", failures: list[ClientError]) -> None:
+        """Ask until the measurement ends, or one of all requests under way has failed."""
         for request in requests:
             sent = time.perf_counter()
-            if sent >= self.end:
+            if sent >= self.end or failures:
                 return
             try:
                 await transport.infer(request, TIMEOUT_S)
@@ -93,6 +96,9 @@ class _Recorder:
                 self.rejected += sent >= self.start
                 await asyncio.sleep(BACK_OFF_S)
                 continue
+            except ClientError as error:
+                failures.append(error)
+                return
             now = time.perf_counter()
             if self.start <= now < self.end:
                 self.latencies.append(now - sent)
