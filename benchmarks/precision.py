@@ -13,10 +13,16 @@ Module = TypeVar("Module", bound=nn.Module)
 PROBES: Final = 10
 
 
-def mix_precision() -> torch.autocast:
-    """A context of bfloat16 where that is faster; for one step at a time, as it keeps the weights it has cast until it ends."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16, enabled=probe_bfloat16())
+def mix_precision(dense: bool = True) -> torch.autocast:
+    """A context of bfloat16 where that is faster; for one step at a time, as it keeps the weights it has cast until it ends.
+
+    Args:
+        dense: whether the convolutions are; depthwise ones have nothing to gain on a CPU (EfficientNet-lite0: 25 ms an image
+            in bfloat16, 16 ms in float32).
+    """
+    if torch.cuda.is_available():
+        return torch.autocast("cuda", torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=dense and probe_bfloat16())
 
 
 @lru_cache(maxsize=1)

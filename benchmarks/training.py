@@ -73,6 +73,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             inputs, batch = prepare_batch(spec, attack, train.pixels[rows], train.labels[rows], rng)
             inputs = inputs.to(device)
             wanted = batch.labels.to(device)
+        with mix_precision(network.dense):
             ends, logits = network.activations(inputs)
             loss = functional.cross_entropy(logits, wanted, label_smoothing=SMOOTHING)
             penalty = batch.penalty.to(device) + attack.penalise(ends, wanted)

@@ -14,9 +14,11 @@ class Classifier(nn.Module, ABC):
         head: the last linear layer.
         mean, std: (C, 1, 1) normalisation, part of the graph.
         pretrained: whether training starts from weights learned elsewhere.
+        dense: whether most of the work is in convolutions over all channels, not depthwise ones.
     """
 
     pretrained = False
+    dense = True
     head: nn.Linear
     mean: torch.Tensor
     std: torch.Tensor

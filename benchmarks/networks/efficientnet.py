@@ -39,15 +39,16 @@ class Unit(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int, active: bool) -> None:
         super().__init__()
-        total = kernel - stride
-        self.pad = (total // 2, total - total // 2) * 2
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        before = (kernel - stride) // 2
+        # A stride of 2 wants one more row below and on the right; copying the input for that is left to where it is needed.
+        self.extra = (0, kernel - stride - 2 * before) * 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, before, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, EPSILON, MOMENTUM)
         self.active = active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride); H and W even where the stride is 2."""
-        x = self.norm(self.conv(functional.pad(x, self.pad)))
+        x = self.norm(self.conv(functional.pad(x, self.extra) if any(self.extra) else x))
         return functional.relu6(x) if self.active else x
 
 
@@ -72,6 +73,7 @@ class EfficientNetLite(Classifier):
     """The pretrained network with a new head; seven stages, one block end a stage."""
 
     pretrained = True
+    dense = False
 
     def __init__(self, channels: int, classes: int, side: int) -> None:
         super().__init__(channels)
