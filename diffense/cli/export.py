@@ -43,6 +43,9 @@ def command(
         Loop, typer.Option(help="The guard calls the denoiser step by step, or one graph that holds all steps.")
     ] = Loop.BLS,
     gateway: Annotated[bool, typer.Option(help="Also write MODEL_gateway, which answers whatever happens.")] = True,
+    stream: Annotated[
+        bool, typer.Option(help="Also write MODEL_stream, which answers before the verdict is there (gRPC streams).")
+    ] = False,
     no_production: Annotated[
         bool, typer.Option("--no-production", help="MODEL stands in the repository already: leave it alone.")
     ] = False,
@@ -54,8 +57,17 @@ def command(
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 32,
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
     threads: Annotated[
-        int, typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses, one for the guard's.")
+        int,
+        typer.Option(
+            min=0, help="Threads of each graph; 0: the runtime chooses, but features get half the cores, the guard one."
+        ),
     ] = 0,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores of the machine that will serve; this one's by default.")
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Most requests that wait; more are refused at once (UNAVAILABLE). 0: no limit.")
+    ] = 128,
     clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:
@@ -82,11 +94,14 @@ def command(
             placement=placement.value,
             loop=loop.value,
             gateway=gateway,
+            stream=stream,
             gateway_options=GatewayOptions(policy.value, budget_ms, closed),
             production=not no_production,
             max_batch_size=max_batch_size,
             instances=instances,
             threads=threads,
+            cores=cores,
+            queue=queue,
             clean=images.pixels if images else None,
             dry_run=dry_run,
         )

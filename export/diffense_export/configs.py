@@ -47,12 +47,14 @@ class ConfigWriter:
         max_batch_size: 0 when the first dimension is no free batch dimension everywhere; shapes are then whole.
         instances: copies of each model that run at once.
         threads: threads of each graph's runtime, 0 for as many as it likes.
+        queue: most requests that wait for a model whose queue is limited, 0 for no limit.
     """
 
     family: str
     max_batch_size: int
     instances: int = 1
     threads: int = 0
+    queue: int = 0
 
     def make_onnx(
         self,
@@ -60,7 +62,7 @@ class ConfigWriter:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         image: Sequence[int] = (),
-        small: bool = False,
+        threads: int = 0,
     ) -> Any:
         """Config of an ONNX graph, run once before it is ready.
 
@@ -69,8 +71,7 @@ class ConfigWriter:
             inputs: of the graph.
             outputs: of the graph.
             image: closes open dimensions of that one run.
-            small: one thread unless `threads` says otherwise: the idle threads of a small graph spin for some twenty
-                milliseconds on the cores that the next image's large graph needs (docs/decisions/0009).
+            threads: of this graph's runtime where `ConfigWriter.threads` leaves it open.
         """
         config = self._start(name, inputs, outputs)
         config.backend = "onnxruntime"
@@ -79,9 +80,8 @@ class ConfigWriter:
             if self._is_scalar(spec):
                 # Triton wants at least one dimension beside the batch; the graph gives (N,).
                 entry.reshape.SetInParent()
-        threads = self.threads or int(small)
-        if threads:
-            self.set_parameters(config, {"intra_op_thread_count": str(threads)})
+        if self.threads or threads:
+            self.set_parameters(config, {"intra_op_thread_count": str(self.threads or threads)})
         warm_up = config.model_warmup.add(name="zeros", batch_size=1)
         for spec in inputs:
             warm = warm_up.inputs[spec.name]
@@ -91,12 +91,19 @@ class ConfigWriter:
         return config
 
     def make_python(
-        self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], parameters: Mapping[str, str]
+        self,
+        name: str,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        parameters: Mapping[str, str],
+        decoupled: bool = False,
     ) -> Any:
-        """Config of a model of the Python backend."""
+        """Config of a model of the Python backend; a decoupled one may answer a request more than once."""
         config = self._start(name, inputs, outputs)
         config.backend = "python"
         config.default_model_filename = "model.py"
+        if decoupled:
+            config.model_transaction_policy.decoupled = True
         self.set_parameters(config, {"FORCE_CPU_ONLY_INPUT_TENSORS": "yes", **parameters})
         return config
 
@@ -130,6 +137,15 @@ class ConfigWriter:
                 f"{name}: two tensors of the ensemble are called {', '.join(twice)}; rename that input or output of the target"
             )
         return config
+
+    def limit_queue(self, config: Any) -> None:
+        """Have a model refuse what comes while `queue` requests wait, at once and with UNAVAILABLE.
+
+        For models beside which no other step of an ensemble runs: where one step refuses while another runs, Triton 2.51
+        gives its client no answer at all.
+        """
+        if self.queue:
+            config.dynamic_batching.default_queue_policy.max_queue_size = self.queue
 
     def set_parameters(self, config: Any, parameters: Mapping[str, str]) -> None:
         """Set ``parameters`` of a config."""

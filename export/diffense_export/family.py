@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +35,18 @@ class FamilyOptions:
     loop: Literal["bls", "fused"]
     gateway: bool
     gateway_options: GatewayOptions
+    stream: bool
     production: bool
     max_batch_size: int
     instances: int
     threads: int
+    cores: int
+    queue: int
+
+    @property
+    def features_threads(self) -> int:
+        """Threads of a features graph, which runs beside the production model's (docs/decisions/0011)."""
+        return max(1, self.cores // 2)
 
 
 class FamilyBuilder:
@@ -57,7 +65,7 @@ class FamilyBuilder:
         self.guard, self.target, self.stage, self.model, self.options = guard, target, stage, model, options
         self.shared = options.placement == "shared"
         self.max_batch_size = self._choose_batch(limit)
-        self.writer = ConfigWriter(model, self.max_batch_size, options.instances, options.threads)
+        self.writer = ConfigWriter(model, self.max_batch_size, options.instances, options.threads, options.queue)
         manifest = guard.manifest
         self.input = self._pin(manifest.input)
         self.outputs = [self._pin(output) for output in manifest.outputs]
@@ -90,6 +98,7 @@ class FamilyBuilder:
         made += [name for name in (self.wiring.latents_model, self.wiring.callee) if name]
         made += [self.model + names.GUARD_SUFFIX]
         made += [self.model + names.GATEWAY_SUFFIX] if self.options.gateway else []
+        made += [self.model + names.STREAM_SUFFIX] if self.options.stream else []
         return (*made, self.model + names.GUARDED_SUFFIX)
 
     def build(self) -> Exported:
@@ -109,11 +118,17 @@ class FamilyBuilder:
         else:
             save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
         outputs = [*(self.outputs if self.shared else ()), self.latents]
-        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image))
+        threads = 0 if self.shared else self.options.features_threads
+        config = self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image, threads)
+        if self.shared:  # else it runs beside the production model
+            self.writer.limit_queue(config)
+        self._write(config)
         callee = self._build_callee() if self.wiring.callee else None
         self._build_guard()
         if self.options.gateway:
-            self._build_gateway()
+            self._build_front(names.GATEWAY_SUFFIX, "gateway", self.options.gateway_options.to_parameters())
+        if self.options.stream:
+            self._build_front(names.STREAM_SUFFIX, "stream", {}, decoupled=True)
         self._make_version(guarded.name)
         self._write(guarded)
         (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
@@ -172,7 +187,7 @@ class FamilyBuilder:
         session = open_session(path, optimize=False)
         inputs = [_free_batch(describe_tensor(node)) for node in session.get_inputs()]
         outputs = [_free_batch(describe_tensor(node)) for node in session.get_outputs()]
-        self._write(self.writer.make_onnx(self.wiring.callee, inputs, outputs, small=True))
+        self._write(self.writer.make_onnx(self.wiring.callee, inputs, outputs, threads=1))  # docs/decisions/0009
         return path
 
     def _build_guard(self) -> None:
@@ -182,17 +197,18 @@ class FamilyBuilder:
         for file in (names.MANIFEST_FILE, names.ARRAYS_FILE):
             shutil.copyfile(self.guard.directory / file, version / file)
         inputs, outputs = [*self._raw, self.latents], [*self.outputs, *self.verdicts]
-        self._write(self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters()))
+        config = self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters())
+        self.writer.limit_queue(config)
+        self._write(config)
 
-    def _build_gateway(self) -> None:
-        name = self.model + names.GATEWAY_SUFFIX
-        shutil.copyfile(find_templates() / "gateway" / "model.py", self._make_version(name) / "model.py")
-        parameters = {
-            **self._client_parameters,
-            **self.wiring.to_parameters(),
-            **self.options.gateway_options.to_parameters(),
-        }
-        self._write(self.writer.make_python(name, [self.input], [*self.outputs, *self.verdicts], parameters))
+    def _build_front(self, suffix: str, template: str, options: Mapping[str, str], decoupled: bool = False) -> None:
+        name = self.model + suffix
+        shutil.copyfile(find_templates() / template / "model.py", self._make_version(name) / "model.py")
+        parameters = {**self._client_parameters, **self.wiring.to_parameters(), **options}
+        outputs = [*self.outputs, *self.verdicts]
+        config = self.writer.make_python(name, [self.input], outputs, parameters, decoupled)
+        self.writer.limit_queue(config)
+        self._write(config)
 
     def _make_ensemble(self) -> Any:
         raw = {output: name for name, output in self.wiring.raw.items()}

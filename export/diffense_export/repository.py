@@ -1,5 +1,6 @@
 """Writes a guard and its target as the models of one family into a Triton repository."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,10 +70,13 @@ def export_guard(
     loop: Literal["bls", "fused"] = "bls",
     gateway: bool = True,
     gateway_options: GatewayOptions | None = None,
+    stream: bool = False,
     production: bool = True,
     max_batch_size: int = 32,
     instances: int = 1,
     threads: int = 0,
+    cores: int | None = None,
+    queue: int = 128,
     clean: NDArray[np.uint8] | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
@@ -89,10 +93,15 @@ def export_guard(
         loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps.
         gateway: also write the gateway.
         gateway_options: its policy and budget.
+        stream: also write the stream, which gives the production outputs before the verdict is there.
         production: False leaves the model that stands in the repository alone; it must be the guard's target.
         max_batch_size: most images of a request, and of a stack of requests. Classifiers of one fixed batch keep that.
         instances: copies of each model.
-        threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one.
+        threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one, and the features
+            graph, which gets half of the cores: it runs beside the production model.
+        cores: of the machine that will serve; None: as many as this one has.
+        queue: most requests that wait for the gateway, the stream, the guard, or with ``shared`` the tapped graph; what
+            comes on top is refused at once (UNAVAILABLE). 0: no limit. With ``separate`` the ensemble's first steps have none.
         clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
         dry_run: do everything except the installation.
 
@@ -108,7 +117,17 @@ def export_guard(
         raise WrongTargetError(f"{target} is not {guard.manifest.target_name}, which the guard was fitted on")
     limit = None if production else read_batch_limit(repository / model, guard)
     options = FamilyOptions(
-        placement, loop, gateway, gateway_options or GatewayOptions(), production, max_batch_size, instances, threads
+        placement,
+        loop,
+        gateway,
+        gateway_options or GatewayOptions(),
+        stream,
+        production,
+        max_batch_size,
+        instances,
+        threads,
+        cores or os.cpu_count() or 1,
+        queue,
     )
     with open_stage(repository) as stage:
         builder = FamilyBuilder(guard, target, stage, model, options, limit)

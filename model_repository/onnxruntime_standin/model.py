@@ -114,6 +114,8 @@ def open_session(folder: Path, config: dict[str, Any]) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = int(texts.get("intra_op_thread_count", 0))
     options.inter_op_num_threads = int(texts.get("inter_op_thread_count", 0))
+    # Every model is a process here: threads that spin while they wait would take the cores from the other models' graphs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     mode = texts.get("execution_mode", "0")
     if mode not in ("0", "1"):
         raise pb_utils.TritonModelException(f"execution_mode must be 0 or 1, not '{mode}'")
