@@ -32,8 +32,9 @@ SCORER_SUFFIX: Final = "_scorer"
 GUARD_SUFFIX: Final = "_guard"
 GUARDED_SUFFIX: Final = "_guarded"
 GATEWAY_SUFFIX: Final = "_gateway"
+STREAM_SUFFIX: Final = "_stream"
 
-# `parameters` of the guarded ensemble and the gateway, read by the clients.
+# `parameters` of the guarded ensemble, the gateway and the stream, read by the clients.
 GUARD_ID_PARAMETER: Final = "diffense_guard_id"  # first 16 hex digits of the manifest's SHA-256
 PREPROCESSING_PARAMETER: Final = "diffense_preprocessing"  # JSON of images.Preprocessing
 LOGITS_PARAMETER: Final = "diffense_logits_output"  # which production output holds the logits

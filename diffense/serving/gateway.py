@@ -11,17 +11,8 @@ from numpy.typing import NDArray
 from diffense import names
 from diffense.health import REQUEST_ID
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import (
-    Arrays,
-    CallError,
-    RefusedError,
-    call_model,
-    find_row_errors,
-    read_inputs,
-    refuse,
-    respond,
-    split_rows,
-)
+from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs, refuse, respond, split_rows
+from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.policy import replace_outputs
 from diffense.serving.settings import GatewayOptions, Wiring
@@ -36,9 +27,6 @@ class Job:
     request: Any
     images: NDArray[Any]
     seconds: float | None
-
-
-Verdict = VerdictRows | RefusedError
 
 
 class GatewayService:
@@ -61,6 +49,7 @@ class GatewayService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend, self.wiring, self.options, self.meter, self.clock = backend, wiring, options, meter, clock
+        self.family = Family(backend, wiring)
         self.budget = Budget(options.budget_ms / 1000, clock)
 
     def close(self) -> None:
@@ -93,37 +82,22 @@ class GatewayService:
         sizes = [len(job.images) for job in jobs]
         images = np.concatenate([job.images for job in jobs])
         try:
-            outputs, latents = self._ask_production(images)
+            outputs, latents = self.family.ask_production(images)
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
         except CallError as error:
             self.backend.Logger.log_error(f"production failed: {error}")
             return [refuse(self.backend, RefusedError(error.code, error.public)) for _ in jobs]
         parts = [{name: rows[place] for name, rows in pieces.items()} for place in range(len(jobs))]
-        verdicts = self._judge(jobs, images, parts, latents)
+        verdicts = self._judge(jobs, images, outputs, latents)
         return [self._close(job, part, verdict) for job, part, verdict in zip(jobs, parts, verdicts, strict=True)]
 
-    def _ask_production(self, images: NDArray[Any]) -> tuple[Arrays, NDArray[np.float32] | None]:
-        """Production outputs, and the latents where the same graph gives them."""
-        outputs = list(self.wiring.outputs)
-        if self.wiring.shared:
-            try:
-                *found, latents = call_model(
-                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, names.LATENTS]
-                )
-                return dict(zip(outputs, found, strict=True)), latents
-            except CallError as error:
-                # The untouched model is loaded as well, and without latents there is just no verdict.
-                self.backend.Logger.log_error(f"asking {self.wiring.model} instead: {error}")
-        found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs)
-        return dict(zip(outputs, found, strict=True)), None
-
     def _judge(
-        self, jobs: Sequence[Job], images: NDArray[Any], parts: Sequence[Arrays], latents: NDArray[np.float32] | None
+        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
     ) -> list[Verdict]:
         limits = [job.seconds for job in jobs if job.seconds is not None]
         try:
             return self.budget.run(
-                lambda deadline: self._ask_guard(jobs, images, parts, latents, deadline),
+                lambda deadline: self._ask_guard(jobs, images, outputs, latents, deadline),
                 max(limits) if len(limits) == len(jobs) else None,
             )
         except OverBudgetError as error:
@@ -137,36 +111,15 @@ class GatewayService:
         return [VerdictRows.make_unscored(len(job.images), reason) for job in jobs]
 
     def _ask_guard(
-        self,
-        jobs: Sequence[Job],
-        images: NDArray[Any],
-        parts: Sequence[Arrays],
-        latents: NDArray[np.float32] | None,
-        deadline: float,
+        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None, deadline: float
     ) -> list[Verdict]:
         if latents is None:
-            inputs = {self.wiring.input: images}
-            (latents,) = call_model(self.backend, self.wiring.latents_model, inputs, [names.LATENTS])
-        rows = split_rows(latents, [len(job.images) for job in jobs])
-        errors = [find_row_errors(piece) for piece in rows]
-        good = [place for place, error in enumerate(errors) if error is None]
-        verdicts: list[Verdict] = [RefusedError("INVALID_ARG", error or "") for error in errors]
+            latents = self.family.ask_latents(images)
         left = deadline - self.clock()
         if left <= 0:
             raise OverBudgetError("budget")
-        if not good:
-            return verdicts
-        stacked = {raw: np.concatenate([parts[place][name] for place in good]) for raw, name in self.wiring.raw.items()}
-        stacked[names.LATENTS] = np.concatenate([rows[place] for place in good])
-        columns = call_model(
-            self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us=max(1, int(left * 1e6))
-        )
-        scores, p_values, flagged = (column.reshape(-1) for column in columns)
-        reasons = ["guard" if value == names.UNSCORED else "" for value in flagged]
-        answers = VerdictRows(scores, p_values, flagged, reasons).split([len(rows[place]) for place in good])
-        for place, answer in zip(good, answers, strict=True):
-            verdicts[place] = answer
-        return verdicts
+        sizes = [len(job.images) for job in jobs]
+        return self.family.ask_guard(outputs, latents, sizes, timeout_us=max(1, int(left * 1e6)))
 
     def _close(self, job: Job, outputs: Arrays, verdict: Verdict) -> Any:
         try:

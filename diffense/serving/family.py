@@ -1,0 +1,90 @@
+"""The models of one family as a front asks them: production, latents, guard."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense import names
+from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, split_rows
+from diffense.serving.settings import Wiring
+from diffense.serving.verdicts import VerdictRows
+
+Verdict = VerdictRows | RefusedError
+
+
+class Family:
+    """Calls the models behind a front.
+
+    Args:
+        backend: the server's module.
+        wiring: the models and the tensors between them.
+    """
+
+    def __init__(self, backend: Any, wiring: Wiring) -> None:
+        self.backend, self.wiring = backend, wiring
+
+    def ask_production(self, images: NDArray[Any]) -> tuple[Arrays, NDArray[np.float32] | None]:
+        """Production outputs, and the latents where the same graph gives them.
+
+        Raises:
+            CallError: production failed.
+        """
+        outputs = list(self.wiring.outputs)
+        if self.wiring.shared:
+            try:
+                *found, latents = call_model(
+                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, names.LATENTS]
+                )
+                return dict(zip(outputs, found, strict=True)), latents
+            except CallError as error:
+                # The untouched model is loaded as well, and without latents there is just no verdict.
+                self.backend.Logger.log_error(f"asking {self.wiring.model} instead: {error}")
+        found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs)
+        return dict(zip(outputs, found, strict=True)), None
+
+    def ask_latents(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Latents (N, D) of images (N, ...).
+
+        Raises:
+            CallError: the model that gives them failed.
+        """
+        (latents,) = call_model(self.backend, self.wiring.latents_model, {self.wiring.input: images}, [names.LATENTS])
+        return latents
+
+    def ask_guard(
+        self, outputs: Arrays, latents: NDArray[np.float32], sizes: Sequence[int], timeout_us: int = 0
+    ) -> list[Verdict]:
+        """Judge stacked requests with one call; one that holds an unusable image is refused and not handed on.
+
+        Args:
+            outputs: production outputs, each with N rows.
+            latents: (N, D).
+            sizes: rows of each request, N together.
+            timeout_us: microseconds that the guard may use, 0 for no limit.
+
+        Returns:
+            One verdict a request.
+
+        Raises:
+            CallError: the guard failed.
+        """
+        rows = split_rows(latents, sizes)
+        errors = [find_row_errors(piece) for piece in rows]
+        good = [place for place, error in enumerate(errors) if error is None]
+        verdicts: list[Verdict] = [RefusedError("INVALID_ARG", error or "") for error in errors]
+        if not good:
+            return verdicts
+        stacked = {}
+        for raw, name in self.wiring.raw.items():
+            pieces = split_rows(outputs[name], sizes)
+            stacked[raw] = np.concatenate([pieces[place] for place in good])
+        stacked[names.LATENTS] = np.concatenate([rows[place] for place in good])
+        columns = call_model(self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us=timeout_us)
+        scores, p_values, flagged = (column.reshape(-1) for column in columns)
+        reasons = ["guard" if value == names.UNSCORED else "" for value in flagged]
+        answers = VerdictRows(scores, p_values, flagged, reasons).split([len(rows[place]) for place in good])
+        for place, answer in zip(good, answers, strict=True):
+            verdicts[place] = answer
+        return verdicts

@@ -1,0 +1,148 @@
+"""The served stream: production outputs as soon as they are there, the verdict after them, both to the same request."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs, refuse, respond, split_rows
+from diffense.serving.family import Family, Verdict
+from diffense.serving.meter import Meter
+from diffense.serving.settings import Wiring
+from diffense.serving.verdicts import VerdictRows
+
+# Stacks whose verdict is under way while the next prediction is made. More wait in the server's queue, whose limit holds.
+UNDER_WAY: Final = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One readable request; `sender` takes its responses, nobody waits for them after `deadline`."""
+
+    request: Any
+    sender: Any
+    images: NDArray[Any]
+    deadline: float
+
+
+class StreamService:
+    """Answers every request twice: with the production outputs, then with the verdict or an error.
+
+    Args:
+        backend: the server's module.
+        wiring: the models behind the stream.
+        meter: where images without a verdict are counted.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, backend: Any, wiring: Wiring, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
+        self.backend, self.wiring, self.meter, self.clock = backend, wiring, meter, clock
+        self.family = Family(backend, wiring)
+        self._pool = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="diffense")
+        self._free = threading.Semaphore(UNDER_WAY)
+        self._counting = threading.Lock()
+
+    def close(self) -> None:
+        """Wait until every verdict that is under way has been sent."""
+        self._pool.shutdown()
+
+    def answer(self, requests: Sequence[Any]) -> None:
+        """Send the production outputs of a batch of requests; the verdicts follow from other threads.
+
+        Whatever happens, each request gets its last response, and none gets another's error.
+        """
+        stacks: dict[tuple[int, ...], list[Job]] = {}
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                job = self._open(request, sender)
+                stacks.setdefault(job.images.shape[1:], []).append(job)
+            except RefusedError as error:
+                self._close(sender, refuse(self.backend, error))
+        for jobs in stacks.values():
+            self._answer_stack(jobs)
+
+    def _open(self, request: Any, sender: Any) -> Job:
+        if request.is_cancelled():
+            raise RefusedError("CANCELLED", "the request was cancelled")
+        images = read_inputs(request, [self.wiring.input])[self.wiring.input]
+        limit = request.timeout()
+        return Job(request, sender, images, self.clock() + limit / 1e6 if limit else math.inf)
+
+    def _answer_stack(self, jobs: Sequence[Job]) -> None:
+        sizes = [len(job.images) for job in jobs]
+        # A copy: the request's own memory need not outlive this call.
+        images = np.concatenate([job.images for job in jobs])
+        try:
+            outputs, latents = self.family.ask_production(images)
+            pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
+        except CallError as error:
+            self._refuse_all(jobs, f"production failed: {error}", error.code, error.public)
+            return
+        except Exception as error:  # a raised error would end all requests of the batch, its traceback sent to the clients
+            self._refuse_all(jobs, f"cannot predict: {error!r}", "INTERNAL", "the stream failed; the server's log says why")
+            return
+        for place, job in enumerate(jobs):
+            self._send(job.sender, respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()}))
+        self._free.acquire()
+        self._pool.submit(self._finish_stack, jobs, images, outputs, latents)
+
+    def _finish_stack(
+        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
+    ) -> None:
+        try:
+            for job, verdict in zip(jobs, self._judge(jobs, images, outputs, latents), strict=True):
+                if isinstance(verdict, RefusedError):
+                    self._close(job.sender, refuse(self.backend, verdict))
+                else:
+                    self._close(job.sender, respond(self.backend, job.request, verdict.to_tensors()))
+        finally:
+            self._free.release()
+
+    def _judge(
+        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
+    ) -> list[Verdict]:
+        sizes = [len(job.images) for job in jobs]
+        try:
+            if all(job.request.is_cancelled() for job in jobs):
+                return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
+            if latents is None:
+                latents = self.family.ask_latents(images)
+            left = max(job.deadline for job in jobs) - self.clock()
+            if left > 0:
+                limit_us = 0 if math.isinf(left) else max(1, int(left * 1e6))
+                return self.family.ask_guard(outputs, latents, sizes, limit_us)
+            reason = "timeout"
+        except CallError as error:
+            self.backend.Logger.log_error(f"no verdict: {error}")
+            reason = "guard"
+        except Exception as error:  # a prediction that is out already must not be left without its last response
+            self.backend.Logger.log_error(f"no verdict: {error!r}")
+            reason = "internal"
+        with self._counting:
+            self.meter.count_unscored(reason, sum(sizes))
+        return [VerdictRows.make_unscored(size, reason) for size in sizes]
+
+    def _refuse_all(self, jobs: Sequence[Job], logged: str, code: str, message: str) -> None:
+        self.backend.Logger.log_error(logged)
+        for job in jobs:
+            self._close(job.sender, refuse(self.backend, RefusedError(code, message)))
+
+    def _close(self, sender: Any, response: Any) -> None:
+        self._send(sender, response, self.backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _send(self, sender: Any, response: Any, flags: int = 0) -> None:
+        """A response without tensors, of which the request wants none, is left out; its flags are not."""
+        try:
+            if response.has_error() or response.output_tensors():
+                sender.send(response, flags)
+            elif flags:
+                sender.send(flags=flags)
+        except Exception as error:  # whose sender it is, and nobody else, may miss an answer
+            self.backend.Logger.log_error(f"cannot answer a request: {error!r}")

@@ -1,0 +1,31 @@
+"""The stream as Triton's Python backend runs it: life cycle only, the rest is in `diffense.serving`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from diffense.serving.calls import read_parameters
+from diffense.serving.meter import Meter
+from diffense.serving.settings import Wiring
+from diffense.serving.stream import StreamService
+
+
+class TritonPythonModel:
+    """One instance of the stream."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the wiring and register the metrics."""
+        try:
+            wiring = Wiring.from_parameters(read_parameters(args["model_config"]))
+        except ValueError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self.service = StreamService(pb_utils, wiring, Meter(pb_utils, wiring.model))
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Answer a batch of requests through their senders."""
+        self.service.answer(requests)
+
+    def finalize(self) -> None:
+        """Wait for the verdicts that are still under way."""
+        self.service.close()
