@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,27 @@ class InferenceResponse:
         return {tensor.name(): tensor.as_numpy() for tensor in self._tensors}
 
 
+FINAL = 1
+
+
+class Sender:
+    """Takes the responses of one request; `sent` are their arrays or errors."""
+
+    def __init__(self) -> None:
+        self.sent, self.closed = [], threading.Event()
+
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        assert not self.closed.is_set(), "a response after the last one"
+        if response is not None:
+            self.sent.append(response.error() if response.has_error() else response.arrays())
+        if flags & FINAL:
+            self.closed.set()
+
+    def wait(self) -> list[Any]:
+        assert self.closed.wait(30), "no last response"
+        return self.sent
+
+
 class Request:
     """A client's request; `cancelled` may be a function that is asked each time."""
 
@@ -65,7 +87,10 @@ class Request:
         identity: str = "",
     ) -> None:
         self._inputs, self._wanted, self.is_cancelled = inputs, wanted, cancelled
-        self._timeout, self._identity = timeout_us, identity
+        self._timeout, self._identity, self.sender = timeout_us, identity, Sender()
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
 
     def inputs(self) -> list[Tensor]:
         return [Tensor(name, array) for name, array in self._inputs.items()]
@@ -106,6 +131,7 @@ class FakeBackend:
     """The module itself, with models that are plain functions: arrays in by name, arrays out by name."""
 
     TritonError, Tensor, InferenceResponse = TritonError, Tensor, InferenceResponse
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
 
     def __init__(self, **models: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
         backend = self

@@ -7,6 +7,7 @@ from diffense.serving.gateway import GatewayService
 from diffense.serving.guard import GuardService
 from diffense.serving.meter import Meter
 from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.serving.stream import StreamService
 from fake_triton import FakeBackend, Request, TritonError
 
 VERDICTS = list(names.VERDICT_TENSORS)
@@ -53,13 +54,20 @@ class ServedFamily:
         return backend, GuardService(backend, wiring, self.guard.scorer, Meter(backend, "m"), **more)
 
     def gateway_service(self, options=None, wiring=WIRING, **models):
+        backend = self.make_backend(**models)
+        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"))
+
+    def stream_service(self, wiring=WIRING, **models):
+        backend = self.make_backend(**models)
+        return backend, StreamService(backend, wiring, Meter(backend, "m"))
+
+    def make_backend(self, **models):
         _, inner = self.guard_service()
 
         def judge(arrays):
             return inner.answer([Request(arrays, VERDICTS)])[0].arrays()
 
-        backend = FakeBackend(**{"m": self.production, "m_features": self.features, "m_guard": judge, **models})
-        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"))
+        return FakeBackend(**{"m": self.production, "m_features": self.features, "m_guard": judge, **models})
 
     def ask_guard(self, rows, wanted=ALL, latents=None, **more):
         latents = self.latents[rows] if latents is None else latents
@@ -69,7 +77,9 @@ class ServedFamily:
         return Request({"image": self.image[rows] if image is None else image}, wanted, **more)
 
     def check(self, response, rows):
-        arrays = response.arrays()
+        self.check_arrays(response.arrays(), rows)
+
+    def check_arrays(self, arrays, rows):
         assert np.allclose(arrays[names.SCORE][:, 0], self.truth.scores[rows], rtol=1e-5, atol=1e-5)
         assert np.allclose(arrays[names.P_VALUE][:, 0], self.truth.p_values[rows], atol=1e-6)
         assert np.array_equal(arrays[names.FLAGGED][:, 0], self.truth.flagged[rows])

@@ -12,9 +12,18 @@ import logging
 from diffense_client._aio import AsyncGuardClient
 from diffense_client._client import GuardClient
 from diffense_client._core import GuardedPrediction
+from diffense_client._events import StreamedPrediction, StreamedVerdict, StreamEvent
 from diffense_client._model import ServedModel
 
-__all__ = ["AsyncGuardClient", "GuardClient", "GuardedPrediction", "ServedModel"]
+__all__ = [
+    "AsyncGuardClient",
+    "GuardClient",
+    "GuardedPrediction",
+    "ServedModel",
+    "StreamEvent",
+    "StreamedPrediction",
+    "StreamedVerdict",
+]
 
 # stamina logs each retry as a warning; without this, a program that configured no logging gets a bare line on stderr.
 logging.getLogger("stamina").addHandler(logging.NullHandler())

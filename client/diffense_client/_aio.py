@@ -1,7 +1,7 @@
 """The asyncio twin of the blocking client: the same names, arguments and errors."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +9,7 @@ from typing import Any, Self
 import stamina
 from numpy.typing import NDArray
 
+from diffense import names
 from diffense.errors import BadInputError, ClientError, OptionError, OverloadedError, ServerDownError, ServerError
 from diffense_client._core import (
     Answer,
@@ -16,17 +17,19 @@ from diffense_client._core import (
     Pixels,
     Request,
     Settings,
+    check_answers_once,
     decode_answer,
     join_parts,
     plan_pixels,
     plan_tensor,
 )
+from diffense_client._events import StreamEvent, check_streams, decode_event
 from diffense_client._failures import RETRIED, Deadline, Protocol, plan_retries
 from diffense_client._grpc import AsyncGrpcTransport
 from diffense_client._http import AsyncHttpTransport
 from diffense_client._model import ServedModel, read_config
 from diffense_client._shared_memory import LET_GO_S, LET_GO_WAITS_S, Region, RegionPool, explain_refusal
-from diffense_client._transport import AsyncTransport
+from diffense_client._transport import AsyncTransport, Parts
 
 
 class AsyncGuardClient:
@@ -75,6 +78,36 @@ class AsyncGuardClient:
         served = await self.describe()
         return await self._run(served, plan_tensor(served, tensor, outputs, request_id, self._settings.batch_size))
 
+    async def stream(
+        self, images: Pixels, outputs: Sequence[str] | None = None, *, request_id: str | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Classify and judge images with a streaming model, and give each part of the answer as soon as it is there.
+
+        ``async for event in client.stream(images)`` gets a :class:`StreamedPrediction` and then the :class:`StreamedVerdict`
+        of the first batch, then those of the next. Batches follow each other; run several streams for more at once. Whoever
+        stops early need not wait: the rest of the answer is read and dropped.
+
+        Args:
+            images: as for :meth:`infer`.
+            outputs: as for :meth:`infer`; with an empty list only verdicts come.
+            request_id: as for :meth:`infer`.
+
+        Raises:
+            OptionError: the model does not stream, or the client was made for HTTP or with shared memory.
+            ClientError: any leaf, as for :meth:`infer`; also in the place of a verdict. Only a request that was refused
+                before its prediction is sent again.
+        """
+        if self._regions is not None:
+            raise OptionError("streams hand their images over in messages; make a client without shared_memory")
+        served = await self.describe()
+        check_streams(served)
+        for request in plan_pixels(served, images, outputs, request_id, self._settings.batch_size):
+            deadline = Deadline(self._settings.timeout_s)
+            parts, answer = await self._retry(RETRIED, self._begin, request, deadline)
+            yield decode_event(served, request, answer)
+            if names.FLAGGED not in answer.arrays:
+                yield decode_event(served, request, await parts.read(deadline.remaining()))
+
     async def close(self) -> None:
         """Close the connections and give shared memory back; a second call does nothing."""
         self._closed = True
@@ -108,10 +141,15 @@ class AsyncGuardClient:
         return self._transport
 
     async def _run(self, served: ServedModel, requests: Iterator[Request]) -> GuardedPrediction:
+        check_answers_once(served)
         return join_parts(served, [await self._send(request) for request in requests])
 
     async def _send(self, request: Request) -> dict[str, NDArray[Any]]:
         return decode_answer(request, await self._retry(RETRIED, self._try, request, Deadline(self._settings.timeout_s)))
+
+    async def _begin(self, request: Request, deadline: Deadline) -> tuple[Parts, Answer]:
+        parts = self._open.stream(request, deadline.remaining())
+        return parts, await parts.read(deadline.remaining())
 
     async def _try(self, request: Request, deadline: Deadline) -> Answer:
         if self._regions is None:

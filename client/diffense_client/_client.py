@@ -16,6 +16,7 @@ from diffense_client._core import (
     Pixels,
     Request,
     Settings,
+    check_answers_once,
     decode_answer,
     join_parts,
     plan_pixels,
@@ -94,6 +95,7 @@ class GuardClient:
             DeadlineError: a request took longer than ``timeout_s``.
             OverloadedError: the server refused more work, and did so again at each retry.
             ServerError: the server failed, or its answer does not fit the request.
+            OptionError: the model streams; this client does not.
         """
         served = self.describe()
         return self._run(served, plan_pixels(served, images, outputs, request_id, self._settings.batch_size))
@@ -142,6 +144,7 @@ class GuardClient:
         return self._transport
 
     def _run(self, served: ServedModel, requests: Iterator[Request]) -> GuardedPrediction:
+        check_answers_once(served)
         return join_parts(served, [self._send(request) for request in requests])
 
     def _send(self, request: Request) -> dict[str, NDArray[Any]]:

@@ -212,6 +212,17 @@ def choose_outputs(served: ServedModel, outputs: Sequence[str] | None) -> tuple[
     return (*chosen, *names.VERDICT_TENSORS)
 
 
+def check_answers_once(served: ServedModel) -> None:
+    """Refuse a model that streams its answer.
+
+    Raises:
+        OptionError: it does.
+    """
+    if served.streams:
+        whole = served.name.removesuffix(names.STREAM_SUFFIX) + names.GUARDED_SUFFIX
+        raise OptionError(f"{served.name!r} answers in two parts; use AsyncGuardClient.stream, or ask {whole} for both at once")
+
+
 def split_list(count: int, size: int) -> list[slice]:
     """Split ``count`` items into consecutive slices of at most ``size``."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -246,8 +257,13 @@ def pack_request(served: ServedModel, tensor: NDArray[Any], span: slice, outputs
     )
 
 
-def decode_answer(request: Request, answer: Answer) -> dict[str, NDArray[Any]]:
+def decode_answer(request: Request, answer: Answer, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
     """Check an answer and cut it to the rows that were asked about.
+
+    Args:
+        request: what was asked.
+        answer: of the server.
+        wanted: the tensors of this part of a streamed answer; None for all that were asked for.
 
     Raises:
         ServerError: it belongs to another request, lacks an output, or has another number of rows.
@@ -255,7 +271,7 @@ def decode_answer(request: Request, answer: Answer) -> dict[str, NDArray[Any]]:
     if answer.request_id != request.request_id:
         raise ServerError(f"the answer to {request} carries the id {answer.request_id!r}; is a proxy mixing answers?")
     parts = {}
-    for name in request.outputs:
+    for name in request.outputs if wanted is None else wanted:
         array = answer.arrays.get(name)
         if array is None:
             raise ServerError(f"the answer lacks {name!r}, asked for {request}")
@@ -264,7 +280,7 @@ def decode_answer(request: Request, answer: Answer) -> dict[str, NDArray[Any]]:
         if name in names.VERDICT_TENSORS and array.size != len(array):
             raise ServerError(f"{name!r} came as {array.shape}, not as one value an image, asked for {request}")
         parts[name] = array[: request.rows]
-    if (parts[names.FLAGGED] > names.UNSCORED).any():
+    if names.FLAGGED in parts and (parts[names.FLAGGED] > names.UNSCORED).any():
         raise ServerError(f"{names.FLAGGED!r} holds values above {names.UNSCORED}, asked for {request}")
     return parts
 

@@ -42,6 +42,14 @@ HTTP_ERRORS: Final[dict[int, type[ClientError]]] = {
     503: OverloadedError,
     504: DeadlineError,
 }
+# What Triton refuses before a model is asked comes over a stream as text without a status.
+STREAM_ERRORS: Final[dict[str, type[ClientError]]] = {
+    "exceeds maximum queue size": OverloadedError,
+    "unknown model": ModelNotReadyError,
+    "not ready": ModelNotReadyError,
+    "unexpected shape": BadInputError,
+    "unexpected datatype": BadInputError,
+}
 MEANINGS: Final[dict[type[ClientError], str]] = {
     ServerDownError: "does not answer",
     ModelNotReadyError: "does not have that model, or it is not loaded",
@@ -89,6 +97,11 @@ def classify_grpc(code: str, *, reachable: bool) -> type[ClientError]:
     if code == "UNAVAILABLE" and not reachable:
         return ServerDownError
     return GRPC_ERRORS.get(code, ServerError)
+
+
+def classify_stream(message: str) -> type[ClientError]:
+    """Choose the error of a streamed message that carries no status."""
+    return next((kind for words, kind in STREAM_ERRORS.items() if words in message.lower()), ServerError)
 
 
 def classify_http(status: int) -> type[ClientError]:

@@ -1,17 +1,21 @@
 """gRPC transports over tritonclient, whose exceptions end here."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
+import grpc
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from diffense.errors import ClientError, ServerError
+from diffense.errors import ClientError, DeadlineError, ServerError
 from diffense_client._core import Answer, Request
-from diffense_client._failures import classify_grpc, describe_failure
+from diffense_client._failures import classify_grpc, classify_stream, describe_failure
 
 PROBE_S: Final = 1.0
+DRAIN_S: Final = 10.0  # what a closing client gives streams whose reader has left
+STATUS_MODE: Final = {"triton_grpc_error": "true"}  # errors of a stream carry their status, and end it
 # A server that comes back is found again within a second (gRPC's own limit is two minutes).
 CHANNEL: Final = [
     ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
@@ -63,12 +67,35 @@ class GrpcTransport:
             return False
 
 
+class GrpcParts:
+    """The parts of one streamed answer, in order, with the error that ended it as the last."""
+
+    def __init__(self, address: str, request: Request) -> None:
+        self._address, self._request = address, request
+        self._queue: asyncio.Queue[Answer | ClientError] = asyncio.Queue()
+
+    def put(self, part: Answer | ClientError) -> None:
+        """Hand the next part to the reader."""
+        self._queue.put_nowait(part)
+
+    async def read(self, timeout_s: float) -> Answer:
+        """Return the next part."""
+        try:
+            part = await asyncio.wait_for(self._queue.get(), timeout_s)
+        except TimeoutError:
+            raise DeadlineError(describe_failure(DeadlineError, "grpc", self._address, str(self._request), "")) from None
+        if isinstance(part, ClientError):
+            raise part
+        return part
+
+
 class AsyncGrpcTransport:
     """gRPC for asyncio."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._client = triton_aio.InferenceServerClient(address, channel_args=CHANNEL)
+        self._drains: set[asyncio.Task[None]] = set()
 
     async def fetch_config(self, model: str, timeout_s: float) -> Mapping[str, Any]:
         """Return Triton's model configuration in its JSON form."""
@@ -87,9 +114,37 @@ class AsyncGrpcTransport:
         """Tell the server to let go of a region."""
         await self._call("unregister_system_shared_memory", "shared memory", timeout_s, region)
 
+    def stream(self, request: Request, timeout_s: float) -> GrpcParts:
+        """Send a request whose answer comes in parts; the server may work on it for ``timeout_s``."""
+        parts = GrpcParts(self._address, request)
+        # Read to the end by a task of its own: the wheel's server has died of streams that were cancelled under way.
+        task = asyncio.create_task(self._drain(request, timeout_s, parts))
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+        return parts
+
     async def close(self) -> None:
-        """Close the channel."""
+        """Close the channel, after the streams that are still under way."""
+        if self._drains:
+            await asyncio.wait(self._drains, timeout=DRAIN_S)
         await self._client.close()
+
+    async def _drain(self, request: Request, timeout_s: float, parts: GrpcParts) -> None:
+        subject = str(request)
+        try:
+            async for result, error in self._client.stream_infer(_send_once(request, timeout_s), headers=STATUS_MODE):
+                if error is not None:
+                    kind, detail = classify_stream(error.message()), error.message()
+                    parts.put(kind(describe_failure(kind, "grpc", self._address, subject, detail)))
+                else:
+                    parts.put(_read_answer(request, result))
+            parts.put(ServerError(f"{self._address} (grpc) ended the stream before the whole answer, asked for {subject}"))
+        except grpc.RpcError as error:
+            code, detail = error.code().name, error.details() or ""
+            kind = classify_grpc(code, reachable=code != "UNAVAILABLE" or await self._is_live(timeout_s))
+            parts.put(kind(describe_failure(kind, "grpc", self._address, subject, detail)))
+        except ServerError as error:
+            parts.put(error)
 
     async def _call(self, method: str, subject: str, timeout_s: float, *values: Any, **more: Any) -> Any:
         try:
@@ -118,6 +173,10 @@ def _describe(request: Request, timeout_s: float) -> dict[str, Any]:
         "request_id": request.request_id,
         "timeout": int(timeout_s * 1e6),  # microseconds; the server can stop work that nobody waits for
     }
+
+
+async def _send_once(request: Request, timeout_s: float) -> AsyncGenerator[dict[str, Any], None]:
+    yield _describe(request, timeout_s)
 
 
 def _read_config(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,9 +14,10 @@ import tritonclient.http as triton
 import urllib3
 from tritonclient.utils import InferenceServerException
 
-from diffense.errors import ClientError, DeadlineError, ServerDownError, ServerError
+from diffense.errors import ClientError, DeadlineError, OptionError, ServerDownError, ServerError
 from diffense_client._core import Answer, Request
 from diffense_client._failures import classify_http, describe_failure
+from diffense_client._transport import Parts
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 CONNECTIONS: Final = 64  # kept open for threads that call at once; more are opened when needed
@@ -87,6 +88,10 @@ class AsyncHttpTransport:
         """Send a request and read its answer."""
         path, body, headers = _encode(request, timeout_s)
         return _decode(request, *await self._call("POST", path, str(request), timeout_s, body, headers))
+
+    def stream(self, request: Request, timeout_s: float) -> Parts:
+        """Refuse: an HTTP answer has one part."""
+        raise OptionError(f"streaming {request} needs gRPC; make a client with protocol='grpc', whose port is usually 8001")
 
     async def register(self, region: str, byte_size: int, timeout_s: float) -> None:
         """Tell the server to map a region of system shared memory; its name is also its key."""

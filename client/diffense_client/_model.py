@@ -31,6 +31,7 @@ class ServedModel:
     guard_id: str
     preprocessing: Preprocessing
     alpha: float | None  # false-alarm rate that the guard was calibrated for
+    streams: bool = False  # whether it answers in two parts, prediction and verdict
 
 
 def read_config(model: str, config: Mapping[str, Any]) -> ServedModel:
@@ -66,6 +67,7 @@ def read_config(model: str, config: Mapping[str, Any]) -> ServedModel:
         max_batch_size=limit,
         fixed_batch=fixed,
         outputs=tuple(name for name in outputs if name not in names.VERDICT_TENSORS),
+        streams=bool(config.get("model_transaction_policy", {}).get("decoupled", False)),
         **_read_parameters(model, config.get("parameters", {})),
     )
 

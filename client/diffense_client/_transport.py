@@ -33,6 +33,14 @@ class Transport(Protocol):
         ...
 
 
+class Parts(Protocol):
+    """The parts of one streamed answer."""
+
+    async def read(self, timeout_s: float) -> Answer:
+        """Return the next part; errors as those of a transport."""
+        ...
+
+
 class AsyncTransport(Protocol):
     """The same for asyncio; to be made and used within one event loop."""
 
@@ -42,6 +50,10 @@ class AsyncTransport(Protocol):
 
     async def infer(self, request: Request, timeout_s: float) -> Answer:
         """Send a request and read its answer."""
+        ...
+
+    def stream(self, request: Request, timeout_s: float) -> Parts:
+        """Send a request whose answer comes in parts; the server may work on it for ``timeout_s``."""
         ...
 
     async def register(self, region: str, byte_size: int, timeout_s: float) -> None:
