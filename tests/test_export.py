@@ -111,7 +111,6 @@ def test_configs_keep_to_what_the_loops_can_bear(guard, small_target, tmp_path):
     for name, config in read_configs(tmp_path / "r").items():
         assert (config.name, config.max_batch_size) == (name, 12)
         assert config.dynamic_batching.max_queue_delay_microseconds == 0
-        assert config.dynamic_batching.default_queue_policy.max_queue_size == 0
         assert config.HasField("dynamic_batching") == (config.platform != "ensemble")
         assert all(group.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO for group in config.instance_group)
         assert [group.count for group in config.instance_group] == ([] if config.platform == "ensemble" else [2])
@@ -124,6 +123,30 @@ def test_configs_keep_to_what_the_loops_can_bear(guard, small_target, tmp_path):
     assert float(guarded[names.ALPHA_PARAMETER].string_value) == guard.manifest.alpha
     stated = guard.preprocessing.model_validate_json(guarded[names.PREPROCESSING_PARAMETER].string_value)
     assert stated == guard.preprocessing
+
+
+LIMITED = {"separate": {"m_gateway", "m_guard", "m_stream"}, "shared": {"m_gateway", "m_guard", "m_stream", "m_tapped"}}
+
+
+@pytest.mark.parametrize("placement", LIMITED)
+def test_queues_are_limited_where_no_other_step_runs_beside(guard, small_target, tmp_path, placement):
+    for queue in (7, 0):
+        export_guard(guard, small_target, tmp_path / "r", "m", placement=placement, stream=True, queue=queue)
+        limits = {
+            name: c.dynamic_batching.default_queue_policy.max_queue_size for name, c in read_configs(tmp_path / "r").items()
+        }
+        assert {name for name, limit in limits.items() if limit} == (LIMITED[placement] if queue else set())
+        assert set(limits.values()) == {0, queue}
+
+
+def test_the_stream_is_made_when_asked_for_and_goes_when_not(guard, small_target, tmp_path):
+    report = export_guard(guard, small_target, tmp_path / "r", "m", stream=True)
+    assert "m_stream" in report.models
+    configs = read_configs(tmp_path / "r")
+    assert [name for name, config in configs.items() if config.model_transaction_policy.decoupled] == ["m_stream"]
+    assert configs["m_stream"].output == configs["m_guarded"].output
+    assert configs["m_stream"].parameters[names.GUARD_ID_PARAMETER].string_value == guard.guard_id
+    assert export_guard(guard, small_target, tmp_path / "r", "m").removed == ("m_stream",)
 
 
 def test_the_gateways_options_stand_in_its_config(guard, small_target, tmp_path):
