@@ -15,11 +15,19 @@ VARIANTS: Final = RESULTS / "detection_variants.json"
 ABLATION: Final = RESULTS / "ablation.json"
 SHIFT: Final = RESULTS / "shift.json"
 SERVING: Final = RESULTS / "serving.json"
+OVERLOAD: Final = RESULTS / "overload.json"
+MEMORY: Final = RESULTS / "memory.json"
+FLOOR: Final = RESULTS / "floor.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
 SERVING_KEYS: Final = (
     "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
 )  # fmt: skip
+
+FLOOR_KEYS: Final = ("target", "batch", "machine")
+
+OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "factor", "machine")
+MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
 Row = dict[str, Any]
 
@@ -60,8 +68,8 @@ def write_detection(row: Row) -> None:
 
 
 def choose_keys(row: Row) -> tuple[str, ...]:
-    """Keys that every row of its kind has: those of a served model's, or of a cell's."""
-    return SERVING_KEYS if "placement" in row else KEYS
+    """Keys that every row of its kind has: those of a served model's, of a floor's, or of a cell's."""
+    return SERVING_KEYS if "placement" in row else FLOOR_KEYS if "flops" in row else KEYS
 
 
 def find_key(row: Row) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ def make_tiny() -> networks.Pooled:
 
 @pytest.mark.parametrize("name", ["resnet18_32", "tiny"])
 def test_written_networks_use_all_their_classes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(networks.NETWORKS, "tiny", (32, make_tiny))
+    monkeypatch.setitem(networks.NETWORKS, "tiny", networks.Network(32, 3, make_tiny))
     images = draw_smooth_noise(200, (32, 32), 3)
     networks.write_network(name, images, tmp_path / "target.onnx")
     session = open_session(tmp_path / "target.onnx")
@@ -44,7 +44,7 @@ def test_an_export_is_measured_kept_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DIFFENSE_BENCH", str(tmp_path / "cache"))
-    monkeypatch.setitem(networks.NETWORKS, "tiny", (16, make_tiny))
+    monkeypatch.setitem(networks.NETWORKS, "tiny", networks.Network(16, 3, make_tiny))
     results = tmp_path / records.SERVING.name
     for module in (command, table):
         monkeypatch.setattr(module, "SERVING", results)

@@ -6,31 +6,23 @@ usage: python -m benchmarks.serving [--targets resnet50_224] [--placements share
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Final, cast
 
 from benchmarks.records import SERVING, read_rows, write_row
 from benchmarks.serving.breakdown import Breakdown
-from benchmarks.serving.networks import NETWORKS, write_network
-from benchmarks.settings import describe_machine, find_cache, find_commit
+from benchmarks.serving.exports import IMAGES, Served, prepare_repository
+from benchmarks.serving.networks import NETWORKS, draw_images
+from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import Measure, Scenario, choose_tool, compare_models, read_models
 from diffense.bench.perf_analyzer import find_perf_analyzer
 from diffense.errors import DiffenseError, OptionError
-from diffense.fit import FitSettings, fit_guard
-from diffense.guard import Guard
 from diffense.names import GATEWAY_SUFFIX, GUARDED_SUFFIX
 from diffense.serve import TritonServer
-from diffense.target import Target
-from diffense_export.parity import draw_smooth_noise
-from diffense_export.repository import export_guard
 
-IMAGES: Final = 320  # to fit on; random weights have nothing to learn, only the guard's cost counts
 PLACEMENTS: Final = ("separate", "shared")
-LOOPS: Final = ("bls", "fused")
+LOOPS: Final = ("bls", "fused", "whole")
 SCENARIOS: Final = (
     Scenario("grpc", 1, 1, False),
     Scenario("grpc", 8, 1, False),
@@ -44,16 +36,6 @@ SCENARIOS: Final = (
     Scenario("http", 1, 1, False),
     Scenario("http", 8, 1, False),
 )
-
-
-@dataclass(frozen=True)
-class Served:
-    """One export: which target, how placed, which loop, and whether clients ask the gateway."""
-
-    target: str
-    placement: Literal["separate", "shared"]
-    loop: Literal["bls", "fused"]
-    gateway: bool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         for target in choose(options.targets, NETWORKS):
             for placement in choose(options.placements, PLACEMENTS):
                 for loop in choose(options.loops, LOOPS):
+                    if (placement, loop) == ("separate", "whole"):
+                        continue  # there is none: that graph gives the production outputs too
                     served = Served(target, cast("Any", placement), cast("Any", loop), options.gateway)
                     missing = [s for s in SCENARIOS[: options.scenarios] if options.again or not is_done(served, s, tool[0])]
                     if missing:
@@ -110,8 +94,7 @@ def is_done(served: Served, scenario: Scenario, tool: str) -> bool:
 
 def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Measure], rounds: int, seconds: float) -> None:
     """Start a server on one export and measure scenario by scenario; each is written as soon as it is there."""
-    side = NETWORKS[served.target][0]
-    images = draw_smooth_noise(IMAGES, (side, side), 3)
+    images = draw_images(served.target, IMAGES)
     model = f"{served.target}_{served.placement}_{served.loop}"
     repository = prepare_repository(served, images, model)
     guarded = model + (GATEWAY_SUFFIX if served.gateway else GUARDED_SUFFIX)
@@ -135,27 +118,6 @@ def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Meas
             )
             write_row(row, SERVING)
             print(f"{guarded} {scenario}: p50 x{found.p50_ratio:.3f}, throughput x{found.throughput_ratio:.3f}", flush=True)
-
-
-def prepare_repository(served: Served, images: NDArray[np.uint8], model: str) -> Path:
-    """Export a guard of the target into a repository of its own."""
-    folder = find_cache() / "serving" / served.target
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "target.onnx"
-    if not target.exists():
-        write_network(served.target, images, target)
-    guard = fit_or_load(target, images, folder / "guard")
-    repository = folder / f"{served.placement}-{served.loop}"
-    export_guard(guard, target, repository, model, placement=served.placement, loop=served.loop)
-    return repository
-
-
-def fit_or_load(target: Path, images: NDArray[np.uint8], folder: Path) -> Guard:
-    """The guard of these weights, its network on: the costlier of the two that a user may get."""
-    try:
-        return Guard.load(folder, target)
-    except DiffenseError:  # none yet, of other weights, or of an older version
-        return fit_guard(Target.open(target), images, folder, settings=FitSettings(network="on", training_steps=100))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.targets import export_network
+from diffense.demo.digits import SIDE
+from diffense.demo.training import WIDTHS, make_classifier
+from diffense_export.parity import draw_smooth_noise
 
 CLASSES: Final = 10
 
@@ -111,18 +114,38 @@ def make_vit_small() -> Pooled:
     return Pooled(body, 384)
 
 
-NETWORKS: Final[dict[str, tuple[int, Callable[[], Pooled]]]] = {
-    "resnet18_32": (32, make_resnet18),
-    "resnet50_224": (224, make_resnet50),
-    "vit_small_224": (224, make_vit_small),
+def make_demo() -> Pooled:
+    """The classifier of ``diffense demo``."""
+    demo = make_classifier(0)
+    return Pooled(nn.Sequential(demo.stem, nn.ReLU(), demo.stages), WIDTHS[-1])
+
+
+class Network(NamedTuple):
+    """One network: height and width of its images, their channels, and what makes it."""
+
+    side: int
+    channels: int
+    make: Callable[[], Pooled]
+
+
+NETWORKS: Final = {
+    "demo": Network(SIDE, 1, make_demo),
+    "resnet18_32": Network(32, 3, make_resnet18),
+    "resnet50_224": Network(224, 3, make_resnet50),
+    "vit_small_224": Network(224, 3, make_vit_small),
 }
-"""Name -> side of the images, maker."""
+
+
+def draw_images(name: str, count: int) -> NDArray[np.uint8]:
+    """(count, side, side, channels) smooth noise, as large as a network takes it."""
+    side, channels, _ = NETWORKS[name]
+    return draw_smooth_noise(count, (side, side), channels)
 
 
 def write_network(name: str, images: NDArray[np.uint8], path: Path) -> None:
-    """Write a network as ONNX; its head is turned so that these (N, side, side, 3) images get all kinds of labels."""
+    """Write a network as ONNX; its head is turned so that these (N, side, side, channels) images get all kinds of labels."""
     torch.manual_seed(0)
-    network = NETWORKS[name][1]().eval()
+    network = NETWORKS[name].make().eval()
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     with torch.no_grad():
         pooled = torch.cat([network.pool(x[i : i + 16]) for i in range(0, len(x), 16)])
@@ -131,4 +154,4 @@ def write_network(name: str, images: NDArray[np.uint8], path: Path) -> None:
         turn = torch.linalg.qr(torch.randn(CLASSES, CLASSES)).Q
         network.head.weight.copy_(turn @ directions)
         network.head.bias.copy_(-network.head.weight @ pooled.mean(0))
-    export_network(network, 3, images.shape[1], path)
+    export_network(network, images.shape[3], images.shape[1], path)

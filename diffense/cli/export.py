@@ -21,6 +21,7 @@ class Loop(StrEnum):
 
     BLS = "bls"
     FUSED = "fused"
+    WHOLE = "whole"
 
 
 class Policy(StrEnum):
@@ -40,7 +41,10 @@ def command(
         Placement, typer.Option(help="Latents from a graph of their own, or from one graph with the outputs.")
     ] = Placement.SEPARATE,
     loop: Annotated[
-        Loop, typer.Option(help="The guard calls the denoiser step by step, or one graph that holds all steps.")
+        Loop,
+        typer.Option(
+            help="The guard calls the denoiser step by step, or one graph of all steps, or these are in the shared graph."
+        ),
     ] = Loop.BLS,
     gateway: Annotated[bool, typer.Option(help="Also write MODEL_gateway, which answers whatever happens.")] = True,
     stream: Annotated[

@@ -35,7 +35,7 @@ class Family:
         if self.wiring.shared:
             try:
                 *found, latents = call_model(
-                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, names.LATENTS]
+                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, self.wiring.judged]
                 )
                 return dict(zip(outputs, found, strict=True)), latents
             except CallError as error:
@@ -50,7 +50,7 @@ class Family:
         Raises:
             CallError: the model that gives them failed.
         """
-        (latents,) = call_model(self.backend, self.wiring.latents_model, {self.wiring.input: images}, [names.LATENTS])
+        (latents,) = call_model(self.backend, self.wiring.latents_model, {self.wiring.input: images}, [self.wiring.judged])
         return latents
 
     def ask_guard(
@@ -80,7 +80,7 @@ class Family:
         for raw, name in self.wiring.raw.items():
             pieces = split_rows(outputs[name], sizes)
             stacked[raw] = np.concatenate([pieces[place] for place in good])
-        stacked[names.LATENTS] = np.concatenate([rows[place] for place in good])
+        stacked[self.wiring.judged] = np.concatenate([rows[place] for place in good])
         columns = call_model(self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us=timeout_us)
         scores, p_values, flagged = (column.reshape(-1) for column in columns)
         reasons = ["guard" if value == names.UNSCORED else "" for value in flagged]

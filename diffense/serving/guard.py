@@ -39,7 +39,7 @@ class Job:
     request: Any
     inputs: Arrays
     logits: NDArray[np.float32]
-    latents: NDArray[np.float32]
+    latents: NDArray[np.float32]  # or, with a whole graph, the (N, 1) scores
     deadline: float
 
 
@@ -80,8 +80,8 @@ class GuardService:
     def _open(self, place: int, request: Any, now: float) -> Job:
         if request.is_cancelled():
             raise RefusedError("CANCELLED", "the request was cancelled")
-        inputs = read_inputs(request, [*self._raw, names.LATENTS])
-        latents = inputs[names.LATENTS]
+        inputs = read_inputs(request, [*self._raw, self.wiring.judged])
+        latents = inputs[self.wiring.judged]
         error = find_row_errors(latents)
         if error:
             raise RefusedError("INVALID_ARG", error)
@@ -114,6 +114,9 @@ class GuardService:
     def _judge(
         self, logits: NDArray[np.float32], latents: NDArray[np.float32], jobs: Sequence[Job]
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        if self.wiring.loop == "whole":
+            scores = latents.reshape(-1)
+            return scores, *self.scorer.judge(scores)
         if self.wiring.loop == "fused":
             self._check_patience(jobs)
             inputs = {names.LATENTS: latents, names.LOGITS: logits}

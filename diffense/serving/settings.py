@@ -8,6 +8,7 @@ from typing import Final, Literal, Self, cast, get_args
 from diffense import names
 
 Policy = Literal["annotate", "abstain", "reject"]
+Loop = Literal["bls", "fused", "whole"]
 SETTINGS_PARAMETER: Final = "diffense_settings"  # JSON, what the guard needs to know of the models around it
 POLICY_PARAMETER: Final = "diffense_policy"
 BUDGET_PARAMETER: Final = "diffense_budget_ms"
@@ -28,9 +29,10 @@ class Wiring:
         model: the production model.
         outputs: its outputs, in order.
         logits: the one among them that holds the logits.
-        loop: ``bls`` calls the denoiser at every guided step, ``fused`` one graph for all of it.
+        loop: ``bls`` calls the denoiser at every guided step, ``fused`` one graph for all of it; with ``whole`` the graph that
+            gives the production outputs gives the score too.
         callee: the denoiser's or the scorer's model name; empty when the guard needs neither.
-        latents_model: the model that gives the latents.
+        latents_model: the model that gives the latents, or with ``whole`` the score.
         shared: whether that model gives the production outputs too.
         input: name of the production input.
         probabilities: whether the logits are softmaxed.
@@ -39,7 +41,7 @@ class Wiring:
     model: str
     outputs: tuple[str, ...]
     logits: str
-    loop: Literal["bls", "fused"]
+    loop: Loop
     callee: str
     latents_model: str
     shared: bool
@@ -55,6 +57,11 @@ class Wiring:
     def raw(self) -> dict[str, str]:
         """Name under which each production output reaches the guard -> its own name."""
         return name_raw(self.outputs)
+
+    @property
+    def judged(self) -> str:
+        """Name of the tensor that goes from the latents model to the guard: the latents, or the score made of them."""
+        return names.RAW_SCORE if self.loop == "whole" else names.LATENTS
 
     def to_parameters(self) -> dict[str, str]:
         """Parameters of a config."""

@@ -15,13 +15,14 @@ from diffense.errors import ExportError
 from diffense.graphs import cut_graph, load_model
 from diffense.guard import Guard
 from diffense.manifest import Tensor
-from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.serving.settings import GatewayOptions, Loop, Wiring
 from diffense.signature import describe_tensor
 from diffense.target import TensorSpec, open_session, save_graph
 from diffense.templates import find_templates
 from diffense_export.configs import CONFIG_FILE, ConfigWriter, Step, format_config
 from diffense_export.parity import Exported
 from diffense_export.scorer import build_scorer
+from diffense_export.whole import build_whole
 
 VERSION: Final = "1"
 MODEL_FILE: Final = "model.onnx"
@@ -32,7 +33,7 @@ class FamilyOptions:
     """Options of `diffense_export.repository.export_guard`."""
 
     placement: Literal["separate", "shared"]
-    loop: Literal["bls", "fused"]
+    loop: Loop
     gateway: bool
     gateway_options: GatewayOptions
     stream: bool
@@ -77,8 +78,7 @@ class FamilyBuilder:
     @cached_property
     def wiring(self) -> Wiring:
         """The models and the tensors between them."""
-        fused = self.options.loop == "fused"
-        suffix = names.SCORER_SUFFIX if fused else names.DENOISER_SUFFIX if self.guard.scorer.needs_denoiser else None
+        suffix = self._choose_callee()
         return Wiring(
             model=self.model,
             outputs=tuple(output.name for output in self.outputs),
@@ -113,11 +113,13 @@ class FamilyBuilder:
             copy_graph(self.target, self._make_version(self.model))
             self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
         latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
-        if self.shared:
+        if self.options.loop == "whole":
+            save_graph(build_whole(self.guard), latents)
+        elif self.shared:
             copy_graph(self.guard.tapped_path, latents.parent)
         else:
             save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
-        outputs = [*(self.outputs if self.shared else ()), self.latents]
+        outputs = [*(self.outputs if self.shared else ()), self.judged]
         threads = 0 if self.shared else self.options.features_threads
         config = self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image, threads)
         if self.shared:  # else it runs beside the production model
@@ -134,12 +136,14 @@ class FamilyBuilder:
         (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
         fused = self.options.loop == "fused"
         target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
-        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None)
+        scored = latents if self.options.loop == "whole" else None
+        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, scored)
 
     @property
-    def latents(self) -> TensorSpec:
-        """The latents, as every model of the family states them."""
-        return self._pin(TensorSpec(names.LATENTS, "float32", (None, self.guard.manifest.latent_dim)))
+    def judged(self) -> TensorSpec:
+        """What goes to the guard, latents or scores, as every model of the family states it."""
+        width = 1 if self.options.loop == "whole" else self.guard.manifest.latent_dim
+        return self._pin(TensorSpec(self.wiring.judged, "float32", (None, width)))
 
     @property
     def _image(self) -> tuple[int, ...]:
@@ -151,6 +155,15 @@ class FamilyBuilder:
     def _raw(self) -> list[TensorSpec]:
         by_name = {output.name: output for output in self.outputs}
         return [TensorSpec(raw, by_name[name].dtype, by_name[name].shape) for raw, name in self.wiring.raw.items()]
+
+    def _choose_callee(self) -> str | None:
+        if self.options.loop == "whole":
+            if not self.shared:
+                raise ExportError("the whole graph gives the production outputs too: it needs the shared placement")
+            return None
+        if self.options.loop == "fused":
+            return names.SCORER_SUFFIX
+        return names.DENOISER_SUFFIX if self.guard.scorer.needs_denoiser else None
 
     def _choose_batch(self, limit: int | None) -> int:
         manifest = self.guard.manifest
@@ -196,7 +209,7 @@ class FamilyBuilder:
         shutil.copyfile(find_templates() / "guard" / "model.py", version / "model.py")
         for file in (names.MANIFEST_FILE, names.ARRAYS_FILE):
             shutil.copyfile(self.guard.directory / file, version / file)
-        inputs, outputs = [*self._raw, self.latents], [*self.outputs, *self.verdicts]
+        inputs, outputs = [*self._raw, self.judged], [*self.outputs, *self.verdicts]
         config = self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters())
         self.writer.limit_queue(config)
         self._write(config)
@@ -213,7 +226,7 @@ class FamilyBuilder:
     def _make_ensemble(self) -> Any:
         raw = {output: name for name, output in self.wiring.raw.items()}
         image = {self.input.name: self.input.name}
-        latents = {names.LATENTS: names.LATENTS}
+        latents = {self.wiring.judged: self.wiring.judged}
         if self.shared:
             front = [Step(self.wiring.latents_model, image, {**raw, **latents})]
         else:
@@ -221,7 +234,7 @@ class FamilyBuilder:
         # The guard hands the production outputs through: a tensor that is an output of the ensemble and an input of a
         # later step makes every request for a part of the outputs fail (Triton issue 7482).
         shown = [spec.name for spec in (*self.outputs, *self.verdicts)]
-        inputs = {name: name for name in (*self.wiring.raw, names.LATENTS)}
+        inputs = {name: name for name in (*self.wiring.raw, self.wiring.judged)}
         last = Step(self.wiring.guard_model, inputs, {name: name for name in shown})
         return self.writer.make_ensemble(
             self.model + names.GUARDED_SUFFIX,

@@ -62,6 +62,7 @@ class Exported:
         shared: whether it gives the target's outputs too.
         denoiser: one guided step, or None.
         scorer: the fused graph, or None.
+        whole: the graph that gives the score beside the target's outputs, or None.
     """
 
     target: Path
@@ -69,6 +70,7 @@ class Exported:
     shared: bool
     denoiser: Path | None
     scorer: Path | None
+    whole: Path | None
 
 
 def draw_smooth_noise(count: int, size: tuple[int, int], channels: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -102,7 +104,8 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
 
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
-    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS])
+    scored = [names.RAW_SCORE] if exported.whole else []
+    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored])
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
     if exported.shared:
         comparisons += [_compare("tapped", "target", name, served, production, OUTPUT_TOLERANCE) for name in outputs]
@@ -110,7 +113,7 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
         _check_labels(production[manifest.logits], run(exported.target, [manifest.logits])[manifest.logits])
     logits = _flatten(production[manifest.logits])
     reference = guard.score(pixels)
-    scores, p_values, flagged = _score(guard, exported, logits, served[names.LATENTS])
+    scores, p_values, flagged = _score(guard, exported, logits, served)
     ours, theirs = {names.SCORE: scores}, {names.SCORE: reference.scores}
     comparisons.append(_compare("whole path", "Guard.score", names.SCORE, ours, theirs, SCORE_TOLERANCE))
     report = ParityReport(
@@ -146,9 +149,13 @@ def _rank(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _score(
-    guard: Guard, exported: Exported, logits: NDArray[np.float32], latents: NDArray[np.float32]
+    guard: Guard, exported: Exported, logits: NDArray[np.float32], served: dict[str, NDArray[Any]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]:
     """Score as the served models will."""
+    if exported.whole is not None:
+        scores = served[names.RAW_SCORE].reshape(-1)
+        return scores, *guard.scorer.judge(scores)
+    latents = served[names.LATENTS]
     if exported.scorer is not None:
         session = open_session(exported.scorer)
         scores = session.run([names.SCORE], {names.LATENTS: latents, names.LOGITS: logits})[0].reshape(-1)

@@ -15,7 +15,7 @@ import diffense
 from diffense import names
 from diffense.errors import ExportError, WrongTargetError
 from diffense.guard import Guard
-from diffense.serving.settings import GatewayOptions
+from diffense.serving.settings import GatewayOptions, Loop
 from diffense.target import hash_target
 from diffense_export.family import FamilyBuilder, FamilyOptions
 from diffense_export.installation import check_free, install_models, list_family, open_stage
@@ -35,7 +35,7 @@ class ExportManifest(BaseModel):
     guard_id: str
     target_sha256: str
     placement: Literal["separate", "shared"]
-    loop: Literal["bls", "fused"]
+    loop: Loop
     max_batch_size: int
     models: tuple[str, ...]
     parity: ParityReport
@@ -67,7 +67,7 @@ def export_guard(
     model: str,
     *,
     placement: Literal["separate", "shared"] = "separate",
-    loop: Literal["bls", "fused"] = "bls",
+    loop: Loop = "bls",
     gateway: bool = True,
     gateway_options: GatewayOptions | None = None,
     stream: bool = False,
@@ -90,7 +90,7 @@ def export_guard(
         repository: Triton's model repository; made when missing.
         model: name of the production model; the others are called after it.
         placement: ``separate`` computes the latents in a graph of their own, ``shared`` in one with the outputs.
-        loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps.
+        loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps; ``whole`` puts these into the shared graph.
         gateway: also write the gateway.
         gateway_options: its policy and budget.
         stream: also write the stream, which gives the production outputs before the verdict is there.

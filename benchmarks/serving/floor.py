@@ -1,0 +1,162 @@
+"""The floor: the work of production and guard, and the time of the same graphs in one onnxruntime process.
+
+usage: python -m benchmarks.serving.floor [--targets resnet50_224] [--rounds 20]
+
+Writes benchmarks/results/floor.json. Each round runs every form once, one after the other, so that their ratios hold.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from benchmarks.records import FLOOR, write_row
+from benchmarks.serving.__main__ import choose
+from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.networks import NETWORKS, draw_images
+from benchmarks.serving.work import Work, count_work
+from benchmarks.settings import describe_machine, find_commit
+from diffense.errors import DiffenseError
+from diffense.graphs import cut_graph, load_model, save_graph
+from diffense.guard import Guard
+from diffense.names import GUIDE, LATENTS, LOGITS, NOISED, P_VALUE, SAMPLE, SCORE, SIGMA
+from diffense_export.scorer import build_scorer
+
+BATCHES: Final = (1, 8, 32)
+Run = Callable[[], Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", default=",".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args(arguments)
+    try:
+        for name in choose(options.targets, NETWORKS):
+            measure_target(name, options.rounds)
+    except DiffenseError as error:
+        sys.exit(f"floor: {error}")
+
+
+def measure_target(name: str, rounds: int) -> None:
+    """Count and time one target at every batch; a row is written as soon as it is there."""
+    images = draw_images(name, IMAGES)
+    target, guard = prepare_guard(name, images)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = write_graphs(guard, target, Path(folder))
+        sessions = {key: open_session(path, 1 if key in ("denoiser", "scorer") else 0) for key, path in graphs.items()}
+        for batch in BATCHES:
+            works = {key: count_work(path, batch, NETWORKS[name].side) for key, path in graphs.items()}
+            forms = list_forms(guard, sessions, guard.preprocessing.apply(images[:batch]))
+            sums = add_works(works)
+            times = time_in_turns(forms, rounds)
+            row = {
+                "target": name,
+                "batch": batch,
+                "rounds": rounds,
+                "flops": {form: work.flops for form, work in sums.items()},
+                "bytes": {form: work.bytes for form, work in sums.items()},
+                "ms": times,
+                "machine": describe_machine(),
+                "commit": find_commit(),
+            }
+            write_row(row, FLOOR)
+            print(f"{name} batch {batch}: " + ", ".join(f"{form} {ms:.2f} ms" for form, ms in times.items()), flush=True)
+
+
+def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
+    """The graphs of every placement and loop, and one that holds tapped target and scorer."""
+    graphs = {"production": target, "tapped": guard.tapped_path}
+    graphs |= {name: folder / f"{name}.onnx" for name in ("features", "scorer", "whole")}
+    manifest = guard.manifest
+    save_graph(cut_graph(load_model(guard.tapped_path), manifest.input.name, [LATENTS]), graphs["features"])
+    save_graph(build_scorer(guard), graphs["scorer"])
+    tapped, scorer = onnx.load(guard.tapped_path), onnx.load(graphs["scorer"])
+    whole = onnx.compose.merge_models(
+        tapped,
+        onnx.compose.add_prefix(scorer, "scorer_"),
+        io_map=[(LATENTS, f"scorer_{LATENTS}"), (manifest.logits, f"scorer_{LOGITS}")],
+        outputs=[manifest.logits, f"scorer_{SCORE}", f"scorer_{P_VALUE}"],
+    )
+    onnx.save(whole, graphs["whole"])
+    if guard.denoiser_path is not None:
+        graphs["denoiser"] = guard.denoiser_path
+    return graphs
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A session as the stand-in backend opens it: threads that wait do not spin."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def list_forms(guard: Guard, sessions: dict[str, ort.InferenceSession], inputs: NDArray[Any]) -> dict[str, Run]:
+    """What is timed, each on the same images: the classifier, the scoring alone by loop, and both by placement."""
+    manifest, scorer = guard.manifest, guard.scorer
+    image = {manifest.input.name: inputs}
+
+    def denoise(noised: Any, sigma: Any, guide: Any) -> Any:
+        return sessions["denoiser"].run([SAMPLE], {NOISED: noised, SIGMA: sigma, GUIDE: guide})[0]
+
+    def run(name: str) -> list[NDArray[Any]]:
+        return list(sessions[name].run(None, image))
+
+    def loop() -> None:
+        scorer.score(logits, latents, denoise if scorer.needs_denoiser else None)
+
+    def fused() -> None:
+        sessions["scorer"].run(None, {LATENTS: latents, LOGITS: logits})
+
+    def chain(*steps: Run) -> None:
+        for step in steps:
+            step()
+
+    names = [output.name for output in sessions["tapped"].get_outputs()]
+    found = dict(zip(names, run("tapped"), strict=True))
+    logits, latents = found[manifest.logits], found[LATENTS]
+    production, features, tapped = (partial(run, name) for name in ("production", "features", "tapped"))
+    forms: dict[str, Run] = {"production": production}
+    for name, score in (("bls", loop), ("fused", fused)):
+        forms[f"scoring {name}"] = score
+        forms[f"shared {name}"] = partial(chain, tapped, score)
+        forms[f"separate {name}"] = partial(chain, production, features, score)
+    return forms | {"one graph": partial(run, "whole")}
+
+
+def add_works(works: dict[str, Work]) -> dict[str, Work]:
+    """Work of production and of both placements; a batch of one step calls the denoiser once."""
+    scoring = works.get("denoiser", Work(0.0, 0.0))
+    return {
+        "production": works["production"],
+        "shared": works["tapped"] + scoring,
+        "separate": works["production"] + works["features"] + scoring,
+    }
+
+
+def time_in_turns(forms: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each form."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(rounds + 1):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form()
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: round(float(np.median(found)) * 1e3, 4) for name, found in times.items()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

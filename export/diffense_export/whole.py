@@ -1,0 +1,80 @@
+"""Target, latents and score as one ONNX graph, so that a guarded image passes through one model and the guard's verdict."""
+
+import onnx
+import onnx_ir as ir
+
+from diffense.errors import ExportError
+from diffense.graphs import load_model
+from diffense.guard import Guard
+from diffense.names import LATENTS, LOGITS, RAW_SCORE, SCORE
+from diffense.onnx_arrays import OPSET
+from diffense_export.scorer import build_scorer
+
+PREFIX = "diffense_scorer/"
+
+
+def build_whole(guard: Guard) -> ir.Model:
+    """The tapped graph with the scorer behind it: the target's outputs, the latents, and ``diffense_raw_score`` (N, 1) float32.
+
+    Raises:
+        ExportError: the target's opset is older than the scorer's operators.
+    """
+    model = load_model(guard.tapped_path)
+    opset = model.opset_imports[""]
+    if opset < OPSET:
+        raise ExportError(f"the target has opset {opset}, the whole graph needs {OPSET}; export it anew or use another loop")
+    scorer = _raise_opset(build_scorer(guard), opset).graph
+    graph = model.graph
+    tensors = {value.name: value for value in graph.outputs}
+    given = {LATENTS: tensors[LATENTS], LOGITS: _flatten(graph, tensors[guard.manifest.logits], guard.manifest.classes)}
+    for value in list(scorer.inputs):
+        ir.convenience.replace_all_uses_with(value, given[str(value.name)])
+    score = next(value for value in scorer.outputs if value.name == SCORE)
+    scorer.outputs.clear()
+    for name, value in list(scorer.initializers.items()):
+        del scorer.initializers[name]
+        value.name = PREFIX + name
+        graph.initializers.add(value)
+    for node in list(scorer):
+        scorer.remove(node)
+        node.name = PREFIX + str(node.name)
+        for value in node.outputs:
+            value.name = PREFIX + str(value.name)
+        graph.append(node)
+    graph.outputs.append(_spoil(graph, score, tensors[LATENTS]))
+    return model
+
+
+def _raise_opset(scorer: ir.Model, opset: int) -> ir.Model:
+    if opset == OPSET:
+        return scorer
+    return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(scorer), opset))
+
+
+def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value) -> ir.Value:
+    """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone."""
+    axes = ir.Value(name=PREFIX + "axes", const_value=ir.tensor([1], ir.DataType.INT64))
+    zero = ir.Value(name=PREFIX + "zero", const_value=ir.tensor([0.0], ir.DataType.FLOAT))
+    nothing = ir.node("Mul", [latents, zero], name=PREFIX + "nothing")
+    total = ir.node("ReduceSum", [nothing.outputs[0], axes], {"keepdims": 1}, name=PREFIX + "total")
+    spoiled = ir.node("Add", [score, total.outputs[0]], name=PREFIX + "spoiled")
+    for value in (axes, zero):
+        graph.initializers.add(value)
+    for node, name in ((nothing, PREFIX + "nothing"), (total, PREFIX + "total"), (spoiled, RAW_SCORE)):
+        node.outputs[0].name = name
+        graph.append(node)
+    result = spoiled.outputs[0]
+    result.dtype, result.shape = ir.DataType.FLOAT, score.shape
+    return result
+
+
+def _flatten(graph: ir.Graph, logits: ir.Value, classes: int) -> ir.Value:
+    """Logits of any float type and shape as (N, C) float32, which the scorer takes."""
+    shape = ir.Value(name=PREFIX + "rows", const_value=ir.tensor([-1, classes], ir.DataType.INT64))
+    graph.initializers.add(shape)
+    wide = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT.value}, name=PREFIX + "cast")
+    flat = ir.node("Reshape", [wide.outputs[0], shape], name=PREFIX + "flatten")
+    for node, name in ((wide, "wide"), (flat, "flat")):
+        node.outputs[0].name = PREFIX + name
+        graph.append(node)
+    return flat.outputs[0]

@@ -1,0 +1,65 @@
+import numpy as np
+import onnx
+import pytest
+
+import onnx_models
+from diffense import names
+from diffense.errors import ExportError
+from diffense.fit import FitSettings, fit_guard
+from diffense.graphs import open_session
+from diffense.target import Target
+from diffense_export.repository import export_guard
+from diffense_export.whole import build_whole
+from shapes import draw_shapes
+
+
+def run(guard, images):
+    session = open_session(build_whole(guard))
+    wanted = [guard.manifest.logits, names.LATENTS, names.RAW_SCORE]
+    return session.run(wanted, {guard.manifest.input.name: images})
+
+
+@pytest.mark.parametrize("network", ["on", "off"])
+@pytest.mark.parametrize("opset", [17, 20])
+def test_the_graph_gives_outputs_latents_and_score(small_target, clean_images, tmp_path, network, opset):
+    target = small_target if opset == 17 else raise_opset(small_target, tmp_path / "target.onnx", opset)
+    settings = FitSettings(alpha=0.05, training_steps=40, network=network)
+    guard = fit_guard(Target.open(target), clean_images[:400], tmp_path / "guard", settings=settings)
+    pixels = draw_shapes(40, seed=5)[0]
+    logits, latents, scores = run(guard, guard.preprocessing.apply(pixels))
+    known_logits, known_latents = guard.run(pixels)
+    np.testing.assert_allclose(logits, known_logits, atol=1e-5)
+    np.testing.assert_allclose(latents, known_latents, atol=1e-4)
+    assert scores.shape == (40, 1) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores[:, 0], guard.score(pixels).scores, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
+def test_a_broken_image_breaks_its_own_score_alone(guard, clean_images, value):
+    images = guard.preprocessing.apply(clean_images[:3])
+    expected = run(guard, images)[2]
+    images[1, 0] = value
+    scores = run(guard, images)[2]
+    assert not np.isfinite(scores[1])
+    np.testing.assert_allclose(scores[[0, 2]], expected[[0, 2]], rtol=1e-5)
+
+
+def test_whole_needs_the_shared_placement_and_writes_no_further_graph(guard, small_target, tmp_path):
+    with pytest.raises(ExportError, match="shared placement"):
+        export_guard(guard, small_target, tmp_path / "r", "m", loop="whole")
+    report = export_guard(guard, small_target, tmp_path / "r", "m", loop="whole", placement="shared", gateway=False)
+    assert report.models == ("m", "m_tapped", "m_guard", "m_guarded")
+    assert report.manifest.parity.neutrality.verdict_flips == 0
+
+
+def test_an_older_opset_is_refused(clean_images, tmp_path):
+    target = onnx_models.save(onnx_models.plain_cnn(opset=13), tmp_path / "target.onnx")
+    settings = FitSettings(alpha=0.05, network="off", guide="logits")
+    guard = fit_guard(Target.open(target), clean_images[:400], tmp_path / "guard", settings=settings)
+    with pytest.raises(ExportError, match="opset 13"):
+        build_whole(guard)
+
+
+def raise_opset(source, path, opset):
+    onnx.save(onnx.version_converter.convert_version(onnx.load(source), opset), path)
+    return path
