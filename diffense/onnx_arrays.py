@@ -16,6 +16,7 @@ from onnx_ir import tape
 
 OPSET: Final = 17  # known to every Triton container since 2022 and to TensorRT 8.6 and later
 IR_VERSION: Final = 8
+PRODUCER: Final = "diffense"
 WEIGHT_PREFIX: Final = "weight/"
 
 
@@ -175,4 +176,4 @@ class OnnxNamespace:
             opset_imports={"": OPSET},
             name="diffense",
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="diffense")
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name=PRODUCER)
