@@ -18,6 +18,7 @@ SERVING: Final = RESULTS / "serving.json"
 OVERLOAD: Final = RESULTS / "overload.json"
 MEMORY: Final = RESULTS / "memory.json"
 FLOOR: Final = RESULTS / "floor.json"
+PEERS_COST: Final = RESULTS / "peers_cost.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
 SERVING_KEYS: Final = (
@@ -25,11 +26,16 @@ SERVING_KEYS: Final = (
 )  # fmt: skip
 
 FLOOR_KEYS: Final = ("target", "batch", "machine")
+COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
 
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
 Row = dict[str, Any]
+# What only rows of one kind have -> the keys of that kind.
+KINDS: Final = {
+    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "placement": SERVING_KEYS, "flops": FLOOR_KEYS,
+}  # fmt: skip
 
 
 def choose_file(row: Row) -> Path:
@@ -68,8 +74,8 @@ def write_detection(row: Row) -> None:
 
 
 def choose_keys(row: Row) -> tuple[str, ...]:
-    """Keys that every row of its kind has: those of a served model's, of a floor's, or of a cell's."""
-    return SERVING_KEYS if "placement" in row else FLOOR_KEYS if "flops" in row else KEYS
+    """Keys that every row of its kind has; a cell's where nothing tells another kind."""
+    return next((keys for mark, keys in KINDS.items() if mark in row), KEYS)
 
 
 def find_key(row: Row) -> tuple[Any, ...]:
