@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tritonclient.grpc.aio as grpc_aio
 
 import shapes
 from diffense import names
-from diffense.errors import OverloadedError
+from diffense.errors import DeadlineError, OverloadedError
 from diffense.serve import TritonServer
 from diffense_client import AsyncGuardClient, GuardedPrediction, StreamedPrediction, StreamedVerdict
 from diffense_export.configs import CONFIG_FILE, format_config, parse_config
@@ -129,3 +130,18 @@ async def test_the_ensemble_of_separate_graphs_refuses_nobody_and_loses_nobody(s
     """Two steps run side by side there, where a limit would leave clients without an answer."""
     found = await ask_all(slow, "separate_guarded", shapes.draw_shapes(8, seed=77)[0], CALLERS // 4)
     assert [len(answer) for answer in found] == [1] * (CALLERS // 4)
+
+
+async def test_a_stream_too_late_for_its_client_ends_with_its_deadline_and_the_server_lives(slow):
+    pixels = shapes.draw_shapes(8, seed=77)[0]
+    async with AsyncGuardClient(slow.endpoints.grpc, "shared_stream", retries=0, timeout_s=DEADLINE_S) as client:
+        await client.describe()
+        client._settings = replace(client._settings, timeout_s=0.02)
+
+        async def ask_one():
+            return [event async for event in client.stream(pixels[:1])]
+
+        found = await asyncio.gather(*(ask_one() for _ in range(QUEUE)), return_exceptions=True)
+    assert all(isinstance(answer, list | DeadlineError | OverloadedError) for answer in found)
+    assert any(isinstance(answer, DeadlineError) for answer in found)
+    assert slow.check() == ["separate_guarded", "shared_guarded"]

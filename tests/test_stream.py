@@ -5,8 +5,6 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-import tritonclient.grpc as grpc
-import tritonclient.grpc.aio as grpc_aio
 from tritonclient.utils import InferenceServerException
 
 import shapes
@@ -14,7 +12,7 @@ from diffense import names
 from diffense.errors import BadInputError, OptionError, OverloadedError, ServerDownError
 from diffense_client import AsyncGuardClient, GuardClient, StreamedPrediction, StreamedVerdict
 from diffense_export.repository import export_guard
-from triton_calls import DEADLINE_S, MAX_BATCH, ask, read_total
+from triton_calls import DEADLINE_S, MAX_BATCH, ask, read_total, send_stream
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -45,31 +43,11 @@ def known(guard):
     return pixels, guard.preprocessing.apply(pixels)
 
 
-async def send_all(server, requests, **headers):
-    """Send (model, id, image) over one stream; every message that comes, in order: id, arrays or error text."""
-
-    async def feed():
-        for model, identity, image in requests:
-            tensor = grpc.InferInput("image", list(image.shape), "FP32")
-            tensor.set_data_from_numpy(image)
-            yield {"model_name": model, "inputs": [tensor], "request_id": identity}
-
-    messages = []
-    async with grpc_aio.InferenceServerClient(server.endpoints.grpc) as client:
-        async for result, error in client.stream_infer(feed(), headers=headers or None):
-            if error is not None:
-                messages.append(("", error.message()))
-            else:
-                response = result.get_response()
-                messages.append((response.id, {output.name: result.as_numpy(output.name) for output in response.outputs}))
-    return messages
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_the_parts_are_what_production_and_the_guarded_model_say(server, known, family):
     _, image = known
     production, guarded = (ask(server, "grpc", model, image) for model in (family, f"{family}_guarded"))
-    (first, prediction), (second, verdict) = await send_all(server, [(f"{family}_stream", "mine", image)])
+    (first, prediction), (second, verdict) = await send_stream(server, [(f"{family}_stream", "mine", image)])
     assert (first, second) == ("mine", "mine")
     assert list(prediction) == ["logits"]
     # The shared graph is another graph than the untouched one; what the guarded model says comes from it too.
@@ -88,7 +66,7 @@ async def test_300_requests_on_one_stream_get_their_own_two_parts_in_order(serve
     generator = np.random.default_rng(1)
     picks = [generator.choice(len(image), int(size)) for size in generator.integers(1, 5, 300)]
     whole = ask(server, "grpc", f"{family}_guarded", image)
-    messages = await send_all(server, [(f"{family}_stream", str(i), image[rows]) for i, rows in enumerate(picks)])
+    messages = await send_stream(server, [(f"{family}_stream", str(i), image[rows]) for i, rows in enumerate(picks)])
     parts = defaultdict(list)
     for identity, arrays in messages:
         assert isinstance(arrays, dict), arrays
@@ -108,7 +86,7 @@ async def test_bad_input_beside_good_input_costs_the_good_one_nothing(server, kn
     spoilt[1, 0, 0, 0] = np.nan
     model, kinds = f"{family}_stream", [image[:2], spoilt, image[:2, :, :-1], image[:2]]
     refused = read_total(server, "diffense_unscored_total", model=family)
-    messages = await send_all(server, [(model, f"{turn}-{kind}", kinds[kind]) for turn in range(20) for kind in range(4)])
+    messages = await send_stream(server, [(model, f"{turn}-{kind}", kinds[kind]) for turn in range(20) for kind in range(4)])
     errors = [text for _, text in messages if isinstance(text, str)]
     assert sum("image 1 of the request holds NaN" in text for text in errors) == 20
     assert sum("unexpected shape" in text for text in errors) == 20 == len(errors) - 20

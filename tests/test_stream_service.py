@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffense import names
+from diffense.serving.budget import STRIKES
 from diffense.serving.stream import UNDER_WAY
 from fake_triton import TritonError
 from served_family import VERDICTS, WIRING, ServedFamily, fail
@@ -67,6 +68,16 @@ def test_a_dead_guard_leaves_the_prediction_and_an_unscored_verdict(served, brok
     assert verdict[names.FLAGGED].tolist() == [[names.UNSCORED]] * 2
     assert (verdict[names.SCORE] == -1).all()
     assert backend.total("diffense_unscored_total", reason="guard") == 2
+
+
+def test_a_guard_that_keeps_failing_is_left_alone_for_a_while(served):
+    backend, service = served.stream_service(m_guard=fail)
+    requests = [served.ask_gateway([0]) for _ in range(STRIKES + 3)]
+    for request in requests:
+        service.answer([request])
+        assert request.sender.wait()[1][names.FLAGGED].tolist() == [[names.UNSCORED]]
+    assert [model for model, _ in backend.calls].count("m_guard") < len(requests)
+    assert backend.total("diffense_unscored_total", reason="resting") > 0
 
 
 def test_a_production_error_is_the_only_answer_and_tells_nothing_of_the_inside(served):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpc
+import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as http
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import np_to_triton_dtype
@@ -33,6 +34,26 @@ def ask(server, protocol, model, image, outputs=None, **more):
         client, limit = http.InferenceServerClient(server.endpoints.http, network_timeout=DEADLINE_S), {}
     with client:
         return client.infer(model, [tensor], outputs=wanted, **limit, **more)
+
+
+async def send_stream(server, requests):
+    """Send (model, id, image) over one stream; every message that comes, in order: id, arrays or error text."""
+
+    async def feed():
+        for model, identity, image in requests:
+            tensor = grpc.InferInput("image", list(image.shape), "FP32")
+            tensor.set_data_from_numpy(image)
+            yield {"model_name": model, "inputs": [tensor], "request_id": identity}
+
+    messages = []
+    async with grpc_aio.InferenceServerClient(server.endpoints.grpc) as client:
+        async for result, error in client.stream_infer(feed()):
+            if error is not None:
+                messages.append(("", error.message()))
+            else:
+                response = result.get_response()
+                messages.append((response.id, {output.name: result.as_numpy(output.name) for output in response.outputs}))
+    return messages
 
 
 def copy_gateway(repository, family, name, **parameters):

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense import names
+from diffense.serving.budget import Budget, OverBudgetError
 from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, split_rows
 from diffense.serving.settings import Wiring
 from diffense.serving.verdicts import VerdictRows
@@ -52,6 +53,44 @@ class Family:
         """
         (latents,) = call_model(self.backend, self.wiring.latents_model, {self.wiring.input: images}, [self.wiring.judged])
         return latents
+
+    def judge(
+        self,
+        budget: Budget,
+        images: NDArray[Any],
+        outputs: Arrays,
+        latents: NDArray[np.float32] | None,
+        sizes: Sequence[int],
+        seconds: float | None = None,
+    ) -> list[Verdict]:
+        """Latents, where they are missing, and verdicts, within a budget.
+
+        Args:
+            budget: the time, and the rest after failures.
+            images: stacked requests.
+            outputs: production outputs of these images.
+            latents: of these images, None where production gave none.
+            sizes: images of each request.
+            seconds: a limit below the budget.
+
+        Raises:
+            OverBudgetError: there is no verdict; its reason is a word for the metrics.
+        """
+
+        def ask(deadline: float) -> list[Verdict]:
+            known = self.ask_latents(images) if latents is None else latents
+            left = deadline - budget.clock()
+            if left <= 0:
+                raise OverBudgetError("budget")
+            return self.ask_guard(outputs, known, sizes, timeout_us=max(1, int(left * 1e6)))
+
+        try:
+            return budget.run(ask, seconds)
+        except OverBudgetError:
+            raise
+        except Exception as error:  # the production outputs go out, whatever happens to the verdict
+            self.backend.Logger.log_error(f"no verdict: {error!r}")
+            raise OverBudgetError("internal") from error
 
     def ask_guard(
         self, outputs: Arrays, latents: NDArray[np.float32], sizes: Sequence[int], timeout_us: int = 0

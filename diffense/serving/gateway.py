@@ -95,31 +95,16 @@ class GatewayService:
         self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
     ) -> list[Verdict]:
         limits = [job.seconds for job in jobs if job.seconds is not None]
+        sizes = [len(job.images) for job in jobs]
         try:
-            return self.budget.run(
-                lambda deadline: self._ask_guard(jobs, images, outputs, latents, deadline),
-                max(limits) if len(limits) == len(jobs) else None,
-            )
+            patience = max(limits) if len(limits) == len(jobs) else None
+            return self.family.judge(self.budget, images, outputs, latents, sizes, patience)
         except OverBudgetError as error:
             reason = error.reason
-        except Exception as error:  # the gateway hands the production outputs on, whatever happens to the verdict
-            self.backend.Logger.log_error(f"no verdict: {error!r}")
-            reason = "internal"
         for job in jobs:
             if job.request.request_id() != REQUEST_ID:
                 self.meter.count_unscored(reason, len(job.images))
-        return [VerdictRows.make_unscored(len(job.images), reason) for job in jobs]
-
-    def _ask_guard(
-        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None, deadline: float
-    ) -> list[Verdict]:
-        if latents is None:
-            latents = self.family.ask_latents(images)
-        left = deadline - self.clock()
-        if left <= 0:
-            raise OverBudgetError("budget")
-        sizes = [len(job.images) for job in jobs]
-        return self.family.ask_guard(outputs, latents, sizes, timeout_us=max(1, int(left * 1e6)))
+        return [VerdictRows.make_unscored(size, reason) for size in sizes]
 
     def _close(self, job: Job, outputs: Arrays, verdict: Verdict) -> Any:
         try:

@@ -1,5 +1,6 @@
 """The served stream: production outputs as soon as they are there, the verdict after them, both to the same request."""
 
+import contextlib
 import math
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from diffense.serving.budget import Budget, OverBudgetError
 from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs, refuse, respond, split_rows
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
@@ -19,6 +21,7 @@ from diffense.serving.verdicts import VerdictRows
 
 # Stacks whose verdict is under way while the next prediction is made. More wait in the server's queue, whose limit holds.
 UNDER_WAY: Final = 2
+PATIENCE_S: Final = 10.0  # a guard that hangs must not hold up the predictions of others for ever
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class StreamService:
     def __init__(self, backend: Any, wiring: Wiring, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
         self.backend, self.wiring, self.meter, self.clock = backend, wiring, meter, clock
         self.family = Family(backend, wiring)
+        self.budget = Budget(PATIENCE_S, clock)
         self._pool = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="diffense")
         self._free = threading.Semaphore(UNDER_WAY)
         self._counting = threading.Lock()
@@ -51,6 +55,7 @@ class StreamService:
     def close(self) -> None:
         """Wait until every verdict that is under way has been sent."""
         self._pool.shutdown()
+        self.budget.close()
 
     def answer(self, requests: Sequence[Any]) -> None:
         """Send the production outputs of a batch of requests; the verdicts follow from other threads.
@@ -109,25 +114,17 @@ class StreamService:
         self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
     ) -> list[Verdict]:
         sizes = [len(job.images) for job in jobs]
+        if all(job.request.is_cancelled() for job in jobs):
+            return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
+        left = max(job.deadline for job in jobs) - self.clock()
         try:
-            if all(job.request.is_cancelled() for job in jobs):
-                return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
-            if latents is None:
-                latents = self.family.ask_latents(images)
-            left = max(job.deadline for job in jobs) - self.clock()
-            if left > 0:
-                limit_us = 0 if math.isinf(left) else max(1, int(left * 1e6))
-                return self.family.ask_guard(outputs, latents, sizes, limit_us)
-            reason = "timeout"
-        except CallError as error:
-            self.backend.Logger.log_error(f"no verdict: {error}")
-            reason = "guard"
-        except Exception as error:  # a prediction that is out already must not be left without its last response
-            self.backend.Logger.log_error(f"no verdict: {error!r}")
-            reason = "internal"
-        with self._counting:
-            self.meter.count_unscored(reason, sum(sizes))
-        return [VerdictRows.make_unscored(size, reason) for size in sizes]
+            if left <= 0:
+                raise OverBudgetError("timeout")
+            return self.family.judge(self.budget, images, outputs, latents, sizes, left)
+        except OverBudgetError as error:
+            with self._counting:
+                self.meter.count_unscored(error.reason, sum(sizes))
+            return [VerdictRows.make_unscored(size, error.reason) for size in sizes]
 
     def _refuse_all(self, jobs: Sequence[Job], logged: str, code: str, message: str) -> None:
         self.backend.Logger.log_error(logged)
@@ -146,3 +143,6 @@ class StreamService:
                 sender.send(flags=flags)
         except Exception as error:  # whose sender it is, and nobody else, may miss an answer
             self.backend.Logger.log_error(f"cannot answer a request: {error!r}")
+            if flags:
+                with contextlib.suppress(Exception):  # without the last word the client waits for its deadline
+                    sender.send(flags=flags)
