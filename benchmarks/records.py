@@ -17,10 +17,11 @@ SHIFT: Final = RESULTS / "shift.json"
 SERVING: Final = RESULTS / "serving.json"
 OVERLOAD: Final = RESULTS / "overload.json"
 MEMORY: Final = RESULTS / "memory.json"
+CASCADE: Final = RESULTS / "cascade.json"
 FLOOR: Final = RESULTS / "floor.json"
 PEERS_COST: Final = RESULTS / "peers_cost.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
-MORE_KEYS: Final = ("clean_per_class", "variant", "shift")  # each in one kind of file
+MORE_KEYS: Final = ("clean_per_class", "variant", "shift", "cleared_above")  # each in one kind of file
 SERVING_KEYS: Final = (
     "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
 )  # fmt: skip

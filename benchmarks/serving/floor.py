@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from benchmarks.records import FLOOR, write_row
 from benchmarks.serving.__main__ import choose
@@ -42,8 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)
     try:
-        for name in choose(options.targets, NETWORKS):
-            measure_target(name, options.rounds)
+        with threadpool_limits(1, "blas"):  # as the server's Python models are started
+            for name in choose(options.targets, NETWORKS):
+                measure_target(name, options.rounds)
     except DiffenseError as error:
         sys.exit(f"floor: {error}")
 
