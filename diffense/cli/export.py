@@ -71,7 +71,7 @@ def command(
     ] = None,
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait; more are refused at once (UNAVAILABLE). 0: no limit.")
-    ] = 128,
+    ] = 0,
     clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:

@@ -76,7 +76,7 @@ def export_guard(
     instances: int = 1,
     threads: int = 0,
     cores: int | None = None,
-    queue: int = 128,
+    queue: int = 0,
     clean: NDArray[np.uint8] | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
