@@ -15,9 +15,10 @@ from diffense.graphs import cut_graph, load_model, open_session, save_graph
 from diffense.onnx_arrays import PRODUCER
 from diffense_export.half import LAYERS, OWN, convert_half
 from diffense_export.scorer import build_scorer
+from diffense_export.whole import build_whole
 from onnx_builder import Builder, scores
 
-KINDS = ("tapped", "features", "denoiser", "scorer")
+KINDS = ("tapped", "features", "whole", "denoiser", "scorer")
 STYLES = (
     "plain_cnn", "preact_resnet", "vit", "vit_sequence_first", "convnext", "densenet", "two_towers", "uint8_input",
     "nhwc_input", "patchify_mixer", "half_precision",
@@ -48,6 +49,7 @@ def graphs(guard):
     whole = {
         "tapped": tapped,
         "features": cut_graph(tapped, guard.manifest.input.name, [names.LATENTS]),
+        "whole": build_whole(guard),
         "denoiser": load_model(guard.denoiser_path),
         "scorer": build_scorer(guard),
     }
@@ -61,7 +63,7 @@ def test_inputs_and_outputs_keep_names_types_and_shapes(graphs, kind):
     onnx.checker.check_model(ir.to_proto(half), full_check=True)
 
 
-@pytest.mark.parametrize("kind", ["tapped", "features"])
+@pytest.mark.parametrize("kind", ["tapped", "features", "whole"])
 def test_every_layer_of_the_target_is_half_and_nothing_that_pools_or_whitens(graphs, kind):
     half = graphs[kind][1]
     halved = {node.name for node in list_halved(half)}

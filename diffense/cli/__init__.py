@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "calibrate": "diffense.cli.calibrate",
     "inspect": "diffense.cli.inspect",
     "export": "diffense.cli.export",
+    "plans": "diffense.cli.plans",
     "serve": "diffense.cli.serve",
     "scan": "diffense.cli.scan",
     "demo": "diffense.cli.demo",

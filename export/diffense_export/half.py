@@ -15,6 +15,7 @@ from onnxruntime.transformers import float16
 from diffense.errors import ExportError
 from diffense.graphs import first_line
 from diffense.onnx_arrays import PRODUCER, WEIGHT_PREFIX
+from diffense_export.whole import PREFIX
 
 LAYERS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
 # Sums over many values and what overflows or underflows at 65504 and 6e-5: variances, their epsilons, exponentials.
@@ -22,7 +23,7 @@ DELICATE: Final = frozenset({
     "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax", "LpNormalization", "Pow",
     "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Softmax", "Sqrt", *float16.DEFAULT_OP_BLOCK_LIST,
 })  # fmt: skip
-OWN: Final = "diffense/"  # prefix of the nodes that pool and whiten
+OWN: Final = ("diffense/", PREFIX)  # nodes that pool and whiten, and the scorer inside a whole graph
 NARROWED: Final = ("graph_input_cast", "_cast_to_fp16_node")  # how onnxruntime calls the casts that it adds
 WIDENED: Final = ("graph_output_cast", "_cast_to_fp32_node")
 
@@ -35,7 +36,7 @@ def convert_half(model: ir.Model) -> ir.Model:
     stay in float32 everywhere. A graph without layers comes back as it is.
 
     Args:
-        model: a features, tapped, denoiser or scorer graph, or a classifier.
+        model: a features, tapped, whole, denoiser or scorer graph, or a classifier.
 
     Raises:
         ExportError: the graph has branches or loops, or onnxruntime cannot convert it.

@@ -1,5 +1,6 @@
 """Target, latents and score as one ONNX graph, so that a guarded image passes through one model and the guard's verdict."""
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -41,7 +42,7 @@ def build_whole(guard: Guard) -> ir.Model:
         for value in node.outputs:
             value.name = PREFIX + str(value.name)
         graph.append(node)
-    graph.outputs.append(_spoil(graph, score, tensors[LATENTS]))
+    graph.outputs.append(_spoil(graph, score, tensors[LATENTS], guard.manifest.latent_dim))
     return model
 
 
@@ -51,16 +52,16 @@ def _raise_opset(scorer: ir.Model, opset: int) -> ir.Model:
     return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(scorer), opset))
 
 
-def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value) -> ir.Value:
-    """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone."""
-    axes = ir.Value(name=PREFIX + "axes", const_value=ir.tensor([1], ir.DataType.INT64))
-    zero = ir.Value(name=PREFIX + "zero", const_value=ir.tensor([0.0], ir.DataType.FLOAT))
-    nothing = ir.node("Mul", [latents, zero], name=PREFIX + "nothing")
-    total = ir.node("ReduceSum", [nothing.outputs[0], axes], {"keepdims": 1}, name=PREFIX + "total")
-    spoiled = ir.node("Add", [score, total.outputs[0]], name=PREFIX + "spoiled")
-    for value in (axes, zero):
-        graph.initializers.add(value)
-    for node, name in ((nothing, PREFIX + "nothing"), (total, PREFIX + "total"), (spoiled, RAW_SCORE)):
+def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value, width: int) -> ir.Value:
+    """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone.
+
+    A product with a column of zeros, since TensorRT's compiler fails on the same written as a product and a sum.
+    """
+    zeros = ir.Value(name=PREFIX + "zeros", const_value=ir.tensor(np.zeros((width, 1), np.float32)))
+    graph.initializers.add(zeros)
+    nothing = ir.node("MatMul", [latents, zeros], name=PREFIX + "nothing")
+    spoiled = ir.node("Add", [score, nothing.outputs[0]], name=PREFIX + "spoiled")
+    for node, name in ((nothing, PREFIX + "nothing"), (spoiled, RAW_SCORE)):
         node.outputs[0].name = name
         graph.append(node)
     result = spoiled.outputs[0]
