@@ -25,10 +25,8 @@ MORE_KEYS: Final = ("clean_per_class", "variant", "shift", "cleared_above")  # e
 SERVING_KEYS: Final = (
     "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
 )  # fmt: skip
-
 FLOOR_KEYS: Final = ("target", "batch", "machine")
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
-
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
@@ -36,6 +34,7 @@ Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
     "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "placement": SERVING_KEYS, "flops": FLOOR_KEYS,
+    "forward_ms": COST_KEYS,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from benchmarks.records import FLOOR, write_row
+from benchmarks.records import FLOOR, SERVING, Row, read_rows, write_row
 from benchmarks.serving.__main__ import choose
 from benchmarks.serving.exports import IMAGES, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
@@ -29,10 +29,14 @@ from benchmarks.settings import describe_machine, find_commit
 from diffense.errors import DiffenseError
 from diffense.graphs import cut_graph, load_model, save_graph
 from diffense.guard import Guard
-from diffense.names import GUIDE, LATENTS, LOGITS, NOISED, P_VALUE, SAMPLE, SCORE, SIGMA
+from diffense.names import GUARD_SUFFIX, GUIDE, LATENTS, LOGITS, NOISED, P_VALUE, SAMPLE, SCORE, SIGMA
 from diffense_export.scorer import build_scorer
 
 BATCHES: Final = (1, 8, 32)
+HEAD: Final = (
+    "target", "placement", "loop", "batch", "guarded GFLOP", "of production", "production, one process, ms", "guarded",
+    "of production", "served p50, ms", "of one process", "guard's model, ms", "of its scoring in one process",
+)  # fmt: skip
 Run = Callable[[], Any]
 
 
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         with threadpool_limits(1, "blas"):  # as the server's Python models are started
             for name in choose(options.targets, NETWORKS):
                 measure_target(name, options.rounds)
+        print("\n".join(render_table(read_rows(FLOOR), read_rows(SERVING))))
     except DiffenseError as error:
         sys.exit(f"floor: {error}")
 
@@ -158,6 +163,43 @@ def time_in_turns(forms: dict[str, Run], rounds: int) -> dict[str, float]:
             if turn:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
     return {name: round(float(np.median(found)) * 1e3, 4) for name, found in times.items()}
+
+
+def render_table(floors: Sequence[Row], served: Sequence[Row]) -> list[str]:
+    """Markdown: what was served, one gRPC request under way, over the same graphs in one process."""
+    by_key = {(row["target"], row["batch"]): row for row in floors}
+    lines = ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
+    for row in served:
+        floor = by_key.get((row["target"], row["batch"]))
+        plain = (row["protocol"], row["concurrency"], row["shared_memory"], row["gateway"]) == ("grpc", 1, False, False)
+        if floor and plain:
+            lines.append(render_row(row, floor))
+    return lines
+
+
+def render_row(row: Row, floor: Row) -> str:
+    """One line."""
+    work, times = floor["flops"], floor["ms"]
+    whole = row["loop"] == "whole"
+    guarded = times["one graph"] if whole else times[f"{row['placement']} {row['loop']}"]
+    own = row["time_ms"].get(f"{row['model']}{GUARD_SUFFIX}", {}).get("compute_infer")
+    scoring = None if whole else times[f"scoring {row['loop']}"]
+    cells = [
+        row["target"],
+        row["placement"],
+        row["loop"],
+        str(row["batch"]),
+        f"{work[row['placement']] / 1e9:.3g}",
+        f"{work[row['placement']] / work['production']:.3f}",
+        f"{times['production']:.4g}",
+        f"{guarded:.4g}",
+        f"{guarded / times['production']:.2f}",
+        f"{row['guarded']['p50_ms']:.4g}",
+        f"{row['guarded']['p50_ms'] / guarded:.2f}",
+        "–" if own is None else f"{own:.3g}",
+        "–" if own is None or scoring is None else f"{own / scoring:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

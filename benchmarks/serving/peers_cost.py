@@ -18,7 +18,7 @@ from benchmarks.evaluation import Evaluated, fit_cell, prepare_cell
 from benchmarks.inspection import inspect_images, score_inspected, take
 from benchmarks.peers import make_peer
 from benchmarks.peers.base import Inspected, Model
-from benchmarks.records import PEERS_COST, Row, write_row
+from benchmarks.records import PEERS_COST, Row, read_rows, write_row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import make_cell
 from diffense.clean import split_rows
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str]) -> None:
             row = measure_guard(found, guard) if name == "guard" else measure_peer(found, guard, name)
             facts = {"peer": name, "dataset": cell.dataset, "attack": cell.attack, "batch": BATCH}
             write_row(row | facts | {"machine": describe_machine(), "commit": find_commit()}, PEERS_COST)
-            print(f"{name}: {row['forwards']:.1f} more forward passes, {row['ms']:.2f} ms more an image, ", end="")
-            print(f"{row['ms'] / row['forward_ms']:.2f} predictions", flush=True)
+            print(f"{name} is measured", file=sys.stderr, flush=True)
+        print("\n".join(render_table(read_rows(PEERS_COST))))
     except DiffenseError as error:
         sys.exit(f"peers_cost: {error}")
 
@@ -101,6 +101,17 @@ def time_in_turns(first: Run, second: Run, views: Sequence[Inspected]) -> tuple[
             kept.append((time.perf_counter() - start) / BATCH * 1e3)
     plain, other = (float(np.median(kept[1:])) for kept in times)
     return plain, other
+
+
+def render_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown, cheapest first."""
+    lines = ["| cell | detector | further forward passes | ms more an image | one prediction, ms | more, in predictions |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for row in sorted(rows, key=lambda r: r["ms"] / r["forward_ms"]):
+        cells = [f"{row['dataset']} {row['attack']}", row["peer"], f"{row['forwards']:.1f}"]
+        cells += [f"{row['ms']:.3g}", f"{row['forward_ms']:.3g}", f"{row['ms'] / row['forward_ms']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write benchmarks/results/serving.md and its plots from serving.json.
 
-usage: python -m benchmarks.serving.table [--summary]    (--summary prints the README's table instead)
+usage: python -m benchmarks.serving.table [--summary]    (--summary prints the README's tables instead)
 """
 
 import sys
@@ -10,13 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.plots import CLEAN, TRIGGERED, make_panels, write_figure
-from benchmarks.records import SERVING, Row, read_rows
+from benchmarks.records import FLOOR, OVERLOAD, PEERS_COST, SERVING, Row, read_rows
+from benchmarks.serving import floor, overload, peers_cost
 from benchmarks.settings import RESULTS
 from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
 HEAD: Final = (
     "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
     "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio",
+)  # fmt: skip
+SHORT: Final = (
+    "target", "placement", "loop", "batch 1: p50 ms", "ratio", "throughput ratio", "batch 8: p50 ms", "ratio",
+    "throughput ratio",
 )  # fmt: skip
 STEPS: Final = {
     "production": "#3b6ea5",
@@ -65,6 +70,26 @@ def render_page(rows: list[Row]) -> str:
         f"{STAND_IN} Weights are random and the guard's network is on, the costlier of the two guards that a user may get.",
         "",
         *render_table(rows),
+        "",
+        "## Over the floor",
+        "",
+        "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
+        "scoring of a whole graph is inside it, so its guard's model has nothing to be compared with.",
+        "",
+        *floor.render_table(read_rows(FLOOR), rows),
+        "",
+        "## What the rivals cost",
+        "",
+        "Written by `python -m benchmarks.serving.peers_cost`: batches of 8, the guard in onnxruntime (shared placement), the",
+        "rivals on torch, each divided by a prediction of its own runtime; what the prediction itself gives is not counted.",
+        "",
+        *peers_cost.render_table(read_rows(PEERS_COST)),
+        "",
+        "## Overload",
+        "",
+        "Written by `python -m benchmarks.serving.overload`: single images, offered at multiples of what 32 clients get.",
+        "",
+        *overload.render_table(read_rows(OVERLOAD)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -75,16 +100,36 @@ def render_table(rows: list[Row]) -> list[str]:
 
 
 def pick_summary(rows: list[Row]) -> list[Row]:
-    """What the README shows: gRPC without shared memory, one request of 1 and of 8 images under way."""
+    """What the README and the plots show: gRPC without shared memory, one request of 1 and of 8 images under way."""
     wanted = [(1, 1), (8, 1)]
     return [
         row
         for row in rows
         if row["protocol"] == "grpc"
+        and row["tool"] == "perf_analyzer"
         and not row["shared_memory"]
         and not row["gateway"]
         and (row["batch"], row["concurrency"]) in wanted
     ]
+
+
+def render_summary(rows: list[Row]) -> list[str]:
+    """A line an export: one image and eight images a request, guarded beside unguarded."""
+    found: dict[tuple[str, ...], dict[int, Row]] = {}
+    for row in pick_summary(rows):
+        found.setdefault((row["target"], row["placement"], row["loop"]), {})[row["batch"]] = row
+    lines = ["| " + " | ".join(SHORT) + " |", "| --- " * len(SHORT) + "|"]
+    for key, pair in found.items():
+        cells = [*key]
+        for batch in (1, 8):
+            if batch in pair:
+                row = pair[batch]
+                cells += [f"{row['unguarded']['p50_ms']:.1f} → {row['guarded']['p50_ms']:.1f}"]
+                cells += [f"{row[name]:.2f}" for name in ("p50_ratio", "throughput_ratio")]
+            else:
+                cells += ["–"] * 3
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def draw_ratios(rows: list[Row]) -> Figure | None:
@@ -152,7 +197,7 @@ def main() -> None:
     """Write the page and the plot, or print the README's table."""
     rows = read_rows(SERVING)
     if "--summary" in sys.argv[1:]:
-        print("\n".join(render_table(pick_summary(rows))))
+        print("\n".join(render_summary(rows)))
         return
     (RESULTS / "serving.md").write_text(render_page(rows))
     for name, figure in (("serving.png", draw_ratios(rows)), ("serving_time.png", draw_times(rows))):
