@@ -132,13 +132,23 @@ class FakeBackend:
 
     TritonError, Tensor, InferenceResponse = TritonError, Tensor, InferenceResponse
     TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
+    TRITONSERVER_MEMORY_CPU = "cpu"
+    PreferredMemory = staticmethod(lambda kind, device: (kind, device))
 
     def __init__(self, **models: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
         backend = self
         self.models, self.calls, self.logged, self.families = models, [], [], {}
 
         class InferenceRequest:
-            def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor], timeout: int) -> None:
+            def __init__(
+                self,
+                model_name: str,
+                requested_output_names: list[str],
+                inputs: list[Tensor],
+                timeout: int,
+                preferred_memory: tuple[str, int],
+            ) -> None:
+                assert preferred_memory == ("cpu", 0), "on a GPU, NumPy could not read the outputs"
                 self.model, self.wanted, self.timeout = model_name, requested_output_names, timeout
                 self.arrays = {tensor.name(): tensor.as_numpy() for tensor in inputs}
 

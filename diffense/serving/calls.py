@@ -52,7 +52,12 @@ def call_model(
     """
     tensors = [backend.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()]
     request = backend.InferenceRequest(
-        model_name=model, requested_output_names=list(outputs), inputs=tensors, timeout=timeout_us
+        model_name=model,
+        requested_output_names=list(outputs),
+        inputs=tensors,
+        timeout=timeout_us,
+        # Unasked, outputs stay on the GPU that made them, where NumPy cannot read them (docs/decisions/0010).
+        preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU, 0),
     )
     try:
         response = request.exec()
