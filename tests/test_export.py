@@ -149,6 +149,21 @@ def test_the_stream_is_made_when_asked_for_and_goes_when_not(guard, small_target
     assert export_guard(guard, small_target, tmp_path / "r", "m").removed == ("m_stream",)
 
 
+@pytest.mark.parametrize("accelerator", ["none", "cuda", "tensorrt"])
+def test_an_accelerator_stands_in_the_configs_of_graphs_alone(guard, small_target, tmp_path, accelerator):
+    export_guard(guard, small_target, tmp_path / "r", "m", max_batch_size=12, accelerator=accelerator)
+    for name, config in read_configs(tmp_path / "r").items():
+        found = config.optimization.execution_accelerators.gpu_execution_accelerator
+        expected = [accelerator] if accelerator != "none" and config.backend == "onnxruntime" else []
+        assert [entry.name for entry in found] == expected
+        if expected == ["cuda"]:
+            assert dict(found[0].parameters) == ({} if name == "m" else {"use_tf32": "0"})
+        if name == "m" and accelerator == "tensorrt":
+            profile = {word: f"image:{batch}x3x16x16" for word, batch in (("min", 1), ("opt", 3), ("max", 12))}
+            shapes = {f"trt_profile_{word}_shapes": shape for word, shape in profile.items()}
+            assert dict(found[0].parameters) == {"precision_mode": "FP32", **shapes}
+
+
 def test_the_gateways_options_stand_in_its_config(guard, small_target, tmp_path):
     options = GatewayOptions("reject", 250, True)
     export_guard(guard, small_target, tmp_path / "r", "m", gateway_options=options)

@@ -18,6 +18,18 @@ input [ {{ name: "x" data_type: TYPE_FP32 dims: [ 2, {FEATURES} ] }} ]
 output [ {{ name: "logits" data_type: TYPE_FP32 dims: [ 2, {CLASSES} ] }} ]
 """
 
+ACCELERATED = {
+    name: f"""
+max_batch_size: 8
+input [ {{ name: "x" data_type: TYPE_FP32 dims: [ {FEATURES} ] }} ]
+output [ {{ name: "logits" data_type: TYPE_FP32 dims: [ {CLASSES} ] }} ]
+optimization {{ execution_accelerators {{ gpu_execution_accelerator: [ {{
+  name: "{name}" parameters {{ key: "{key}" value: "{value}" }}
+}} ] }} }}
+"""
+    for name, key, value in (("cuda", "use_tf32", "0"), ("tensorrt", "precision_mode", "FP32"))
+}
+
 
 @pytest.fixture(scope="module")
 def client(
@@ -27,6 +39,8 @@ def client(
     write_plain_model(repository, "plain")
     write_onnx_model(repository, "fixed", FIXED, batch=2)
     write_lookup_model(repository, "lookup")
+    for name in ACCELERATED:
+        write_onnx_model(repository, name, ACCELERATED[name])
     write_onnx_model(repository, "bare", "")
     write_onnx_model(repository, "loose", 'max_batch_size: 8\nparameters { key: "execution_mode" '
                      'value { string_value: "1" } }\n')  # fmt: skip
@@ -69,6 +83,12 @@ def test_stacked_requests_get_each_their_own_answer_in_fewer_runs(client: grpc.I
     for seed, (size, result) in enumerate(zip(sizes, results, strict=True)):
         np.testing.assert_array_equal(result.as_numpy("doubled"), 2 * draw(size, seed))
     assert count() - before < len(sizes)
+
+
+@pytest.mark.parametrize("model", ACCELERATED)
+def test_a_config_for_a_gpu_is_served_on_the_cpu_too(client: grpc.InferenceServerClient, model: str) -> None:
+    rows = draw(3)
+    np.testing.assert_allclose(ask(client, model, rows).as_numpy("logits"), rows @ make_weights(), rtol=1e-5, atol=1e-6)
 
 
 def test_fixed_batch_model_answers_its_one_shape(client: grpc.InferenceServerClient) -> None:

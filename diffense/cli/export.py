@@ -24,6 +24,14 @@ class Loop(StrEnum):
     WHOLE = "whole"
 
 
+class Accelerator(StrEnum):
+    """How the onnxruntime backend runs the graphs on a GPU."""
+
+    NONE = "none"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+
 class Policy(StrEnum):
     """What the gateway does with a flagged image."""
 
@@ -72,6 +80,9 @@ def command(
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait; more are refused at once (UNAVAILABLE). 0: no limit.")
     ] = 0,
+    accelerator: Annotated[
+        Accelerator, typer.Option(help="How Triton's onnxruntime backend runs the graphs where it has a GPU.")
+    ] = Accelerator.NONE,
     clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,
 ) -> None:
@@ -106,6 +117,7 @@ def command(
             threads=threads,
             cores=cores,
             queue=queue,
+            accelerator=accelerator.value,
             clean=images.pixels if images else None,
             dry_run=dry_run,
         )

@@ -7,7 +7,7 @@ The instance kind is left out: the server then chooses a GPU where there is one,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from diffense.errors import ExportError
 from diffense.target import TensorSpec
@@ -21,6 +21,9 @@ except ModuleNotFoundError as error:
 CONFIG_FILE: Final = "config.pbtxt"
 FAMILY_PARAMETER: Final = "diffense_family"  # in every config that we write: the production model it belongs to
 BATCH_UNSET: Final = "max_batch_size: 0\n"
+USUAL_SHARE: Final = 4  # TensorRT tunes for a quarter of the largest batch
+
+Accelerator = Literal["none", "cuda", "tensorrt"]
 
 DATA_TYPES: Final = {
     "float32": "TYPE_FP32", "float16": "TYPE_FP16", "float64": "TYPE_FP64", "bool": "TYPE_BOOL", "string": "TYPE_STRING",
@@ -48,6 +51,7 @@ class ConfigWriter:
         instances: copies of each model that run at once.
         threads: threads of each graph's runtime, 0 for as many as it likes.
         queue: most requests that wait for a model whose queue is limited, 0 for no limit.
+        accelerator: how the onnxruntime backend runs graphs on a GPU; without a GPU it is not looked at.
     """
 
     family: str
@@ -55,6 +59,7 @@ class ConfigWriter:
     instances: int = 1
     threads: int = 0
     queue: int = 0
+    accelerator: Accelerator = "none"
 
     def make_onnx(
         self,
@@ -88,6 +93,12 @@ class ConfigWriter:
             warm.data_type = _data_type(spec)
             warm.dims.extend(self._close(spec, image))
             warm.zero_data = True
+        if self.accelerator != "none":
+            # TF32 has ten bits, too few to whiten with; how the production model computes is not for the guard to say.
+            exact = {} if name == self.family else {"use_tf32": "0"}
+            parameters = self._list_tensorrt(inputs, image) if self.accelerator == "tensorrt" else exact
+            accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+            accelerators.add(name=self.accelerator, parameters=parameters)
         return config
 
     def make_python(
@@ -171,6 +182,16 @@ class ConfigWriter:
         if not self.max_batch_size:
             return dims
         return [1] if self._is_scalar(spec) else dims[1:]
+
+    def _list_tensorrt(self, inputs: Sequence[TensorSpec], image: Sequence[int]) -> dict[str, str]:
+        """One engine for all batches that are served; without a profile the backend builds one anew for each batch it meets."""
+        parameters = {"precision_mode": "FP32"}
+        if self.max_batch_size and not any(mark in spec.name for spec in inputs for mark in ":,"):
+            batches = {"min": 1, "opt": max(1, self.max_batch_size // USUAL_SHARE), "max": self.max_batch_size}
+            for word, batch in batches.items():
+                shapes = {spec.name: "x".join(map(str, (batch, *self._close(spec, image)))) for spec in inputs}
+                parameters[f"trt_profile_{word}_shapes"] = ",".join(f"{name}:{shape}" for name, shape in shapes.items())
+        return parameters
 
     def _close(self, spec: TensorSpec, image: Sequence[int]) -> list[int]:
         shape = list(spec.shape)

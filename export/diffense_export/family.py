@@ -19,7 +19,7 @@ from diffense.serving.settings import GatewayOptions, Loop, Wiring
 from diffense.signature import describe_tensor
 from diffense.target import TensorSpec, open_session, save_graph
 from diffense.templates import find_templates
-from diffense_export.configs import CONFIG_FILE, ConfigWriter, Step, format_config
+from diffense_export.configs import CONFIG_FILE, Accelerator, ConfigWriter, Step, format_config
 from diffense_export.parity import Exported
 from diffense_export.scorer import build_scorer
 from diffense_export.whole import build_whole
@@ -43,6 +43,7 @@ class FamilyOptions:
     threads: int
     cores: int
     queue: int
+    accelerator: Accelerator
 
     @property
     def features_threads(self) -> int:
@@ -66,7 +67,9 @@ class FamilyBuilder:
         self.guard, self.target, self.stage, self.model, self.options = guard, target, stage, model, options
         self.shared = options.placement == "shared"
         self.max_batch_size = self._choose_batch(limit)
-        self.writer = ConfigWriter(model, self.max_batch_size, options.instances, options.threads, options.queue)
+        self.writer = ConfigWriter(
+            model, self.max_batch_size, options.instances, options.threads, options.queue, options.accelerator
+        )
         manifest = guard.manifest
         self.input = self._pin(manifest.input)
         self.outputs = [self._pin(output) for output in manifest.outputs]

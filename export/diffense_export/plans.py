@@ -14,7 +14,7 @@ from diffense import names
 from diffense.errors import ExportError, ParityError
 from diffense.graphs import load_model, open_session, save_graph
 from diffense.images import Preprocessing
-from diffense_export.configs import CONFIG_FILE, format_config, parse_config
+from diffense_export.configs import CONFIG_FILE, USUAL_SHARE, format_config, parse_config
 from diffense_export.engine import Engine, Shapes
 from diffense_export.family import MODEL_FILE, VERSION
 from diffense_export.half import convert_half
@@ -26,7 +26,6 @@ Precision = Literal["fp32", "fp16"]
 
 PLAN_FILE: Final = "model.plan"
 PLANS_FILE: Final = "plans.json"
-USUAL_SHARE: Final = 4  # the plan is tuned for a quarter of the largest batch
 SIGMA: Final = 0.7  # noise of the denoiser's comparison; a logarithm is taken of it
 TOLERANCES: Final[dict[Precision, float]] = {"fp32": 1e-3, "fp16": 0.1}  # of latents of unit variance; relative to 1 + |value|
 # What Triton's tensorrt backend knows, in both sides' words.

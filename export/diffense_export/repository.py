@@ -17,6 +17,7 @@ from diffense.errors import ExportError, WrongTargetError
 from diffense.guard import Guard
 from diffense.serving.settings import GatewayOptions, Loop
 from diffense.target import hash_target
+from diffense_export.configs import Accelerator
 from diffense_export.family import FamilyBuilder, FamilyOptions
 from diffense_export.installation import check_free, install_models, list_family, open_stage
 from diffense_export.parity import ParityReport, check_parity
@@ -77,6 +78,7 @@ def export_guard(
     threads: int = 0,
     cores: int | None = None,
     queue: int = 0,
+    accelerator: Accelerator = "none",
     clean: NDArray[np.uint8] | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
@@ -90,7 +92,8 @@ def export_guard(
         repository: Triton's model repository; made when missing.
         model: name of the production model; the others are called after it.
         placement: ``separate`` computes the latents in a graph of their own, ``shared`` in one with the outputs.
-        loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps; ``whole`` puts these into the shared graph.
+        loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps; ``whole`` puts these into the
+            shared graph.
         gateway: also write the gateway.
         gateway_options: its policy and budget.
         stream: also write the stream, which gives the production outputs before the verdict is there.
@@ -102,6 +105,8 @@ def export_guard(
         cores: of the machine that will serve; None: as many as this one has.
         queue: most requests that wait for the gateway, the stream, the guard, or with ``shared`` the tapped graph; what
             comes on top is refused at once (UNAVAILABLE). 0: no limit. With ``separate`` the ensemble's first steps have none.
+        accelerator: how the onnxruntime backend runs the graphs where there is a GPU: ``cuda`` and ``tensorrt`` keep to
+            float32 where they can, ``none`` leaves it to the backend.
         clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
         dry_run: do everything except the installation.
 
@@ -128,6 +133,7 @@ def export_guard(
         threads,
         cores or os.cpu_count() or 1,
         queue,
+        accelerator,
     )
     with open_stage(repository) as stage:
         builder = FamilyBuilder(guard, target, stage, model, options, limit)
