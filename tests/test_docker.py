@@ -17,6 +17,7 @@ import yaml
 from diffense import health, metrics
 from diffense.ports import choose_ports
 from diffense.serve import TritonServer
+from diffense_export.engine import WHERE
 from repositories import write_plain_model
 
 TOP = Path(__file__).resolve().parents[1]
@@ -60,8 +61,8 @@ def test_image_is_pinned_runs_without_root_and_checks_by_inference() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     assert any(re.fullmatch(r"ARG TAG=\d\d\.\d\d-py3", line) for line in lines)
     assert "FROM nvcr.io/nvidia/tritonserver:${TAG} AS runtime" in lines
-    (user,) = [line.split()[1] for line in lines if line.startswith("USER ")]
-    assert int(user.split(":")[0]) > 0
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert len(users) == 2 and all(int(user.split(":")[0]) > 0 for user in users)
     assert any("HEALTHCHECK" in line for line in lines)
     assert any('"diffense.health"' in line for line in lines)
     assert not any("torch" in line for line in lines if not line.startswith("#"))
@@ -101,6 +102,27 @@ def test_compose_mounts_the_repository_read_only_and_publishes_what_the_image_ex
     assert [port.rsplit(":", 1)[1] for port in triton["ports"]] == exposed[1].split()
     assert {name for name, service in services.items() if "profiles" in service} == {"prometheus", "grafana"}
     assert "devices" in str(read_compose("compose.gpu.yaml")["services"]["triton"]["deploy"])
+
+
+def test_plans_are_built_by_the_image_of_the_same_month_on_the_gpu_that_serves() -> None:
+    services = read_compose("compose.gpu.yaml")["services"]
+    plans, triton = services["plans"], services["triton"]
+    assert plans["deploy"] == triton["deploy"]
+    assert plans["profiles"] == ["plans"], "it starts only when asked for"
+    build = read_compose("compose.yaml")["services"]["triton"]["build"]
+    assert plans["build"] == build | {"target": "plans"}
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", dockerfile, re.MULTILINE)
+    assert ("nvcr.io/nvidia/tensorrt:${TAG}", "plans") in stages
+    assert stages[-1][1] == "runtime", "the last stage is what is built without a target"
+    (entry,) = [line for line in dockerfile.splitlines() if '"plans"' in line]
+    command = json.loads(entry.removeprefix("ENTRYPOINT "))
+    models, timing = plans["volumes"]
+    assert command[3:5] == ["plans", models["target"]]
+    assert command[-1].startswith(timing.split(":")[1])
+    asked = next(line for line in (DOCKER / "compose.gpu.yaml").read_text().splitlines() if "run --rm" in line)
+    said = WHERE.format(repository="/path/of/repository", model="MODEL").split(": ", 1)[1]
+    assert asked.removeprefix("#").strip() == said
 
 
 def test_mounted_files_exist_and_prometheus_scrapes_the_metrics_port() -> None:
