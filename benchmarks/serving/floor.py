@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -29,8 +28,9 @@ from benchmarks.settings import describe_machine, find_commit
 from diffense.errors import DiffenseError
 from diffense.graphs import cut_graph, load_model, save_graph
 from diffense.guard import Guard
-from diffense.names import GUARD_SUFFIX, GUIDE, LATENTS, LOGITS, NOISED, P_VALUE, SAMPLE, SCORE, SIGMA
+from diffense.names import GUARD_SUFFIX, GUIDE, LATENTS, LOGITS, NOISED, SAMPLE, SIGMA
 from diffense_export.scorer import build_scorer
+from diffense_export.whole import build_whole
 
 BATCHES: Final = (1, 8, 32)
 HEAD: Final = (
@@ -88,14 +88,7 @@ def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
     manifest = guard.manifest
     save_graph(cut_graph(load_model(guard.tapped_path), manifest.input.name, [LATENTS]), graphs["features"])
     save_graph(build_scorer(guard), graphs["scorer"])
-    tapped, scorer = onnx.load(guard.tapped_path), onnx.load(graphs["scorer"])
-    whole = onnx.compose.merge_models(
-        tapped,
-        onnx.compose.add_prefix(scorer, "scorer_"),
-        io_map=[(LATENTS, f"scorer_{LATENTS}"), (manifest.logits, f"scorer_{LOGITS}")],
-        outputs=[manifest.logits, f"scorer_{SCORE}", f"scorer_{P_VALUE}"],
-    )
-    onnx.save(whole, graphs["whole"])
+    save_graph(build_whole(guard), graphs["whole"])
     if guard.denoiser_path is not None:
         graphs["denoiser"] = guard.denoiser_path
     return graphs
@@ -140,7 +133,7 @@ def list_forms(guard: Guard, sessions: dict[str, ort.InferenceSession], inputs: 
         forms[f"scoring {name}"] = score
         forms[f"shared {name}"] = partial(chain, tapped, score)
         forms[f"separate {name}"] = partial(chain, production, features, score)
-    return forms | {"one graph": partial(run, "whole")}
+    return forms | {"whole": partial(run, "whole")}
 
 
 def add_works(works: dict[str, Work]) -> dict[str, Work]:
@@ -181,7 +174,7 @@ def render_row(row: Row, floor: Row) -> str:
     """One line."""
     work, times = floor["flops"], floor["ms"]
     whole = row["loop"] == "whole"
-    guarded = times["one graph"] if whole else times[f"{row['placement']} {row['loop']}"]
+    guarded = times["whole"] if whole else times[f"{row['placement']} {row['loop']}"]
     own = row["time_ms"].get(f"{row['model']}{GUARD_SUFFIX}", {}).get("compute_infer")
     scoring = None if whole else times[f"scoring {row['loop']}"]
     cells = [
