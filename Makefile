@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test lint matrix check-python clean
+.PHONY: demo test lint matrix gpu-check check-python clean
 
 demo: $(READY)
 	$(BIN)/diffense demo
@@ -16,6 +16,10 @@ matrix: $(READY)
 	$(BIN)/python -m benchmarks.matrix
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.plots
+
+# On a machine with an NVIDIA GPU: what could not be run without one, as benchmarks/results/gpu.json and gpu.md.
+gpu-check: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,12 +57,13 @@ class AheadOfTime(Engine):
         super().__init__(trt, Device("none, ahead of time", "8.6"), cache, aim)
         self.graphs: dict[bytes, bytes] = {}
 
-    def build(self, graph, shapes):  # type: ignore[no-untyped-def]
+    def build(self, graph, shapes):
         plan, types = super().build(graph, shapes)
         self.graphs[plan] = graph.read_bytes()
         return plan, types
 
-    def run(self, plan, inputs):  # type: ignore[no-untyped-def]
+    @contextmanager
+    def open(self, plan):
         session = open_session(self.graphs[plan], optimize=False)
         wanted = [output.name for output in session.get_outputs()]
-        return dict(zip(wanted, session.run(wanted, dict(inputs)), strict=True))
+        yield lambda inputs: dict(zip(wanted, session.run(wanted, dict(inputs)), strict=True))

@@ -6,7 +6,8 @@ set; TF32 is switched off, or float32 would mean ten bits where latents are whit
 
 import importlib
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -114,13 +115,23 @@ class Engine:
         tensors += [network.get_output(i) for i in range(network.num_outputs)]
         return bytes(plan), {tensor.name: tensor.dtype.name for tensor in tensors}
 
-    def run(self, plan: bytes, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run a plan once; arrays by name."""
+    @contextmanager
+    def open(self, plan: bytes) -> Iterator[Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]]:
+        """Load a plan on the GPU and give a function from arrays by name to arrays by name, in the CPU's memory."""
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
         with TrtRunner(EngineFromBytes(plan)) as runner:
-            found = runner.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
-            return {name: np.array(array) for name, array in found.items()}
+
+            def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+                found = runner.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+                return {name: np.array(array) for name, array in found.items()}  # the runner uses its own again
+
+            yield run
+
+    def run(self, plan: bytes, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run a plan once."""
+        with self.open(plan) as run:
+            return run(inputs)
 
 
 def open_engine(cache: Path | None, repository: Path, model: str) -> Engine:

@@ -1,0 +1,54 @@
+"""The report of a GPU machine, as far as it goes without one: the same measuring on onnxruntime's CPU provider."""
+
+import numpy as np
+import pytest
+
+from ahead_of_time import AheadOfTime, load
+from benchmarks import gpu_check
+from benchmarks.gpu_check import BATCHES, Graphs, measure_runs, open_onnxruntime, open_plans, render_page
+from diffense import names
+from diffense_export.engine import find_device
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def graphs(guard, small_target, tmp_path_factory):
+    return Graphs(small_target, guard, tmp_path_factory.mktemp("graphs"))
+
+
+def test_the_guarded_path_gives_what_the_guard_gives(graphs, guard, clean_images):
+    with open_onnxruntime(graphs, CPU) as runs:
+        answer = graphs.ask_guarded(runs, guard.preprocessing.apply(clean_images[:40]))
+    assert np.allclose(answer[names.SCORE][:, 0], guard.score(clean_images[:40]).scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_a_batch_with_both_sides_and_their_ratios(graphs):
+    with open_onnxruntime(graphs, CPU) as runs:
+        rows = measure_runs(graphs, runs, runs, 0.05)
+    assert [row["batch"] for row in rows] == list(BATCHES)
+    for row in rows:
+        assert row["p50_ratio"] == row["guarded"]["p50_ms"] / row["unguarded"]["p50_ms"] > 0
+        assert row["guarded"]["requests"] == row["unguarded"]["requests"] > 0
+        assert row["latents_differ"] == row["scores_differ"] == 0
+    rows = [{"target": "small", "way": "onnxruntime"} | row for row in rows]
+    report = {"gpu": "G", "compute_capability": "8.6", "machine": "M", "commit": "c", "tests": "2 passed", "rows": rows}
+    page = render_page(report)
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(BATCHES)
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_plans_of_the_three_graphs_are_built_for_the_measured_batches(graphs, monkeypatch, precision):
+    with open_plans(graphs, AheadOfTime(load(monkeypatch)), precision) as runs, open_onnxruntime(graphs, CPU) as truth:
+        image = graphs.draw(8)
+        ours, reference = graphs.ask_guarded(runs, image), graphs.ask_guarded(truth, image)
+    assert np.abs(ours[names.SCORE] - reference[names.SCORE]).max() < (1e-4 if precision == "fp32" else 0.1)
+
+
+@pytest.mark.skipif(find_device() is not None, reason="there is a GPU here")
+def test_without_a_gpu_one_line_says_what_is_needed():
+    with pytest.raises(SystemExit, match="needs a machine with an NVIDIA GPU"):
+        gpu_check.main([])
