@@ -14,7 +14,7 @@ from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.serving.settings import GatewayOptions
 from diffense.target import Target, hash_target
-from diffense_export.configs import CONFIG_FILE, parse_config, read_family
+from diffense_export.configs import CONFIG_FILE, FRONT_INSTANCES, parse_config, read_family
 from diffense_export.installation import install_models
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export
 
@@ -125,18 +125,19 @@ def test_configs_keep_to_what_the_loops_can_bear(guard, small_target, tmp_path):
     assert stated == guard.preprocessing
 
 
-LIMITED = {"separate": {"m_gateway", "m_guard", "m_stream"}, "shared": {"m_gateway", "m_guard", "m_stream", "m_tapped"}}
-
-
-@pytest.mark.parametrize("placement", LIMITED)
-def test_queues_are_limited_where_no_other_step_runs_beside(guard, small_target, tmp_path, placement):
+@pytest.mark.parametrize("placement", ["separate", "shared"])
+@pytest.mark.parametrize("instances", [1, 4])
+def test_queues_are_limited_at_the_fronts_alone_which_get_instances_enough(guard, small_target, tmp_path, placement, instances):
     for queue in (7, 0):
-        export_guard(guard, small_target, tmp_path / "r", "m", placement=placement, stream=True, queue=queue)
-        limits = {
-            name: c.dynamic_batching.default_queue_policy.max_queue_size for name, c in read_configs(tmp_path / "r").items()
-        }
-        assert {name for name, limit in limits.items() if limit} == (LIMITED[placement] if queue else set())
-        assert set(limits.values()) == {0, queue}
+        options = {"placement": placement, "stream": True, "queue": queue, "instances": instances}
+        export_guard(guard, small_target, tmp_path / "r", "m", **options)
+        configs = read_configs(tmp_path / "r")
+        limits = {name: config.dynamic_batching.default_queue_policy.max_queue_size for name, config in configs.items()}
+        fronts = {"m_gateway", "m_stream"}
+        assert limits == {name: queue if name in fronts else 0 for name in configs}
+        for name in set(configs) - {"m_guarded"}:
+            least = FRONT_INSTANCES if name in fronts and queue else 1
+            assert [group.count for group in configs[name].instance_group] == [max(least, instances)]
 
 
 def test_the_stream_is_made_when_asked_for_and_goes_when_not(guard, small_target, tmp_path):

@@ -60,7 +60,7 @@ def slow(guard, small_target, tmp_path_factory):
     repository = tmp_path_factory.mktemp("slow") / "repository"
     for placement, model in (("separate", "separate"), ("shared", "shared_tapped")):
         export_guard(
-            guard, small_target, repository, placement, placement=placement, gateway=placement == "separate", stream=True,
+            guard, small_target, repository, placement, placement=placement, stream=True,
             max_batch_size=BATCH, threads=1, queue=QUEUE,
         )  # fmt: skip
         slow_down(repository / model)
@@ -85,7 +85,7 @@ async def ask_all(server, model, pixels, callers=CALLERS):
         return await asyncio.gather(*(ask_one(caller) for caller in range(callers)))
 
 
-@pytest.mark.parametrize("model", ["separate_gateway", "separate_stream", "shared_guarded", "shared_stream"])
+@pytest.mark.parametrize("model", ["separate_gateway", "separate_stream", "shared_gateway", "shared_stream"])
 async def test_400_callers_get_400_answers_and_those_of_the_lucky_ones_are_right(slow, guard, model):
     pixels = shapes.draw_shapes(8, seed=77)[0]
     truth, (logits, _) = guard.score(pixels), guard.run(pixels)
@@ -111,7 +111,7 @@ def check(events, logits, truth, row):
 
 
 async def test_production_is_answered_while_the_guarded_front_refuses(slow, guard):
-    """The plain model has no limit, and from the gateway never more than one batch before it."""
+    """The plain model has no limit, and from the gateway never more than a few batches before it."""
     pixels = shapes.draw_shapes(8, seed=77)[0]
     image, (logits, _) = guard.preprocessing.apply(pixels[:1]), guard.run(pixels[:1])
     tensor = grpc.InferInput("image", list(image.shape), "FP32")
@@ -126,9 +126,10 @@ async def test_production_is_answered_while_the_guarded_front_refuses(slow, guar
     assert {type(answer) for answer in await flood} == {list, str}
 
 
-async def test_the_ensemble_of_separate_graphs_refuses_nobody_and_loses_nobody(slow):
-    """Two steps run side by side there, where a limit would leave clients without an answer."""
-    found = await ask_all(slow, "separate_guarded", shapes.draw_shapes(8, seed=77)[0], CALLERS // 4)
+@pytest.mark.parametrize("model", ["separate_guarded", "shared_guarded"])
+async def test_the_ensemble_refuses_nobody_and_loses_nobody(slow, model):
+    """A limit on a step that runs beside another would leave clients without an answer."""
+    found = await ask_all(slow, model, shapes.draw_shapes(8, seed=77)[0], CALLERS // 4)
     assert [len(answer) for answer in found] == [1] * (CALLERS // 4)
 
 

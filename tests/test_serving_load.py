@@ -21,14 +21,14 @@ def cache(tmp_path_factory):
 def test_offered_load_is_accounted_for_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overload, "OVERLOAD", tmp_path / "overload.json")
     monkeypatch.setattr(overload, "FACTORS", (1.0, 8.0))
-    overload.main(["--targets", "demo", "--fronts", "shared:guarded", "--queue", "4", "--seconds", "0.5"])
+    overload.main(["--targets", "demo", "--fronts", "shared:gateway", "--queue", "4", "--seconds", "0.5"])
     rows = json.loads((tmp_path / "overload.json").read_text())
     assert [row["factor"] for row in rows] == [1.0, 8.0]
     for row in rows:
         assert row["accepted"] + row["refused"] == pytest.approx(1) and row["failed"] == 0
         assert row["production"]["beside"]["requests"] > 0 and row["production"]["beside"]["rejected"] == 0
     assert rows[1]["refused"] > 0 and rows[1]["refusal_p99_ms"] > 0
-    assert capsys.readouterr().out.count("| demo | shared | guarded | 4 |") == 2
+    assert capsys.readouterr().out.count("| demo | shared | gateway | 4 |") == 2
 
 
 @pytest.mark.server
@@ -64,5 +64,5 @@ def test_a_request_without_an_answer_is_an_error():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(SystemExit, match="separate:gateway, shared:gateway, shared:guarded"):
+    with pytest.raises(SystemExit, match="separate:gateway, shared:gateway"):
         overload.main(["--fronts", "separate:guarded"])

@@ -1,6 +1,6 @@
 """Measure overload: what guarded clients get at and beyond capacity, and what production gets beside them.
 
-usage: python -m benchmarks.serving.overload [--targets resnet18_32] [--fronts shared:guarded] [--queue 128] [--seconds 10]
+usage: python -m benchmarks.serving.overload [--targets resnet18_32] [--fronts shared:gateway] [--queue 128] [--seconds 10]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diffense_client._core import Request
 from diffense_export.repository import export_guard
 
 FACTORS: Final = (1.0, 2.0, 4.0)
-FRONTS: Final = ("separate:gateway", "shared:gateway", "shared:guarded")  # the separate ensemble's first steps have no limit
+FRONTS: Final = ("separate:gateway", "shared:gateway")  # the ensemble has no limit
 START_S: Final = 60.0
 FULL: Final = 32  # requests under way that keep every model busy, none refused: capacity is what is answered then
 HEAD: Final = (
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     """Read the options, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default="resnet18_32")
-    parser.add_argument("--fronts", default="separate:gateway,shared:guarded", help=f"of {', '.join(FRONTS)}")
+    parser.add_argument("--fronts", default=",".join(FRONTS), help=f"of {', '.join(FRONTS)}")
     parser.add_argument("--queue", type=int, default=128, help="most requests that wait")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     options = parser.parse_args(arguments)

@@ -78,7 +78,7 @@ def command(
         int | None, typer.Option(min=1, help="Cores of the machine that will serve; this one's by default.")
     ] = None,
     queue: Annotated[
-        int, typer.Option(min=0, help="Most requests that wait; more are refused at once (UNAVAILABLE). 0: no limit.")
+        int, typer.Option(min=0, help="Most requests that wait for gateway and stream; more are refused. 0: no limit.")
     ] = 0,
     accelerator: Annotated[
         Accelerator, typer.Option(help="How Triton's onnxruntime backend runs the graphs where it has a GPU.")

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
 
 CONFIG_FILE: Final = "config.pbtxt"
 FAMILY_PARAMETER: Final = "diffense_family"  # in every config that we write: the production model it belongs to
+FRONT_INSTANCES: Final = 3
 BATCH_UNSET: Final = "max_batch_size: 0\n"
 USUAL_SHARE: Final = 4  # TensorRT tunes for a quarter of the largest batch
 
@@ -50,7 +51,7 @@ class ConfigWriter:
         max_batch_size: 0 when the first dimension is no free batch dimension everywhere; shapes are then whole.
         instances: copies of each model that run at once.
         threads: threads of each graph's runtime, 0 for as many as it likes.
-        queue: most requests that wait for a model whose queue is limited, 0 for no limit.
+        queue: most requests that wait for a front, 0 for no limit.
         accelerator: how the onnxruntime backend runs graphs on a GPU; without a GPU it is not looked at.
     """
 
@@ -150,13 +151,15 @@ class ConfigWriter:
         return config
 
     def limit_queue(self, config: Any) -> None:
-        """Have a model refuse what comes while `queue` requests wait, at once and with UNAVAILABLE.
+        """Have a front refuse what comes while `queue` requests wait, at once and with UNAVAILABLE.
 
-        For models beside which no other step of an ensemble runs: where one step refuses while another runs, Triton 2.51
-        gives its client no answer at all.
+        Not for steps of an ensemble: where one refuses while another runs, Triton 2.51 gives its client no answer at all.
+        A model of few instances that has a limit leaves waiting requests alone for half a second now and then, so a front
+        gets `FRONT_INSTANCES` at least (docs/decisions/0014).
         """
         if self.queue:
             config.dynamic_batching.default_queue_policy.max_queue_size = self.queue
+            config.instance_group[0].count = max(FRONT_INSTANCES, self.instances)
 
     def set_parameters(self, config: Any, parameters: Mapping[str, str]) -> None:
         """Set ``parameters`` of a config."""

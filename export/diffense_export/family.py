@@ -124,10 +124,7 @@ class FamilyBuilder:
             save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
         outputs = [*(self.outputs if self.shared else ()), self.judged]
         threads = 0 if self.shared else self.options.features_threads
-        config = self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image, threads)
-        if self.shared:  # else it runs beside the production model
-            self.writer.limit_queue(config)
-        self._write(config)
+        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image, threads))
         callee = self._build_callee() if self.wiring.callee else None
         self._build_guard()
         if self.options.gateway:
@@ -213,9 +210,7 @@ class FamilyBuilder:
         for file in (names.MANIFEST_FILE, names.ARRAYS_FILE):
             shutil.copyfile(self.guard.directory / file, version / file)
         inputs, outputs = [*self._raw, self.judged], [*self.outputs, *self.verdicts]
-        config = self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters())
-        self.writer.limit_queue(config)
-        self._write(config)
+        self._write(self.writer.make_python(name, inputs, outputs, self.wiring.to_parameters()))
 
     def _build_front(self, suffix: str, template: str, options: Mapping[str, str], decoupled: bool = False) -> None:
         name = self.model + suffix

@@ -103,8 +103,8 @@ def export_guard(
         threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one, and the features
             graph, which gets half of the cores: it runs beside the production model.
         cores: of the machine that will serve; None: as many as this one has.
-        queue: most requests that wait for the gateway, the stream, the guard, or with ``shared`` the tapped graph; what
-            comes on top is refused at once (UNAVAILABLE). 0: no limit. With ``separate`` the ensemble's first steps have none.
+        queue: most requests that wait for the gateway, and for the stream; what comes on top is refused at once (UNAVAILABLE),
+            and each of the two runs as three processes then. 0: no limit. The ensemble has none.
         accelerator: how the onnxruntime backend runs the graphs where there is a GPU: ``cuda`` and ``tensorrt`` keep to
             float32 where they can, ``none`` leaves it to the backend.
         clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
