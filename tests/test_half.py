@@ -152,6 +152,17 @@ def test_normalisation_in_the_graph_sees_the_input_in_full(tmp_path):
     assert np.abs(after - before).max() < 0.01 * np.abs(before).max()
 
 
+def test_variances_beyond_what_float16_holds_are_summed_in_float32(tmp_path):
+    b = Builder(22, opset=13)
+    patches = b.node("Reshape", b.node("Conv", "image", b.random(16, 3, 4, 4), strides=[4, 4]), b.ints(0, 16, 16))
+    x = b.node("Mul", b.linear(b.node("Transpose", patches, perm=[0, 2, 1]), 16, 16), b.constant(np.float32(1000)))
+    b.head(b.node("ReduceMean", b.linear(b.layer_norm(x, 16), 16, 16), axes=[1], keepdims=0), 16)
+    model = load_model(onnx_models.save(b.model(("N", 3, 16, 16), scores()), tmp_path / "target.onnx"))
+    image = np.random.default_rng(10).random((4, 3, 16, 16)).astype(np.float32)
+    before, after = run(model, image=image)["logits"], run(convert_half(model), image=image)["logits"]
+    assert np.abs(after - before).max() < 0.01 * np.abs(before).max()
+
+
 def test_an_output_behind_a_softmax_is_rounded_once_not_thrice(tmp_path):
     model = load_model(onnx_models.save(onnx_models.with_features("softmax"), tmp_path / "target.onnx"))
     image = np.random.default_rng(9).random((8, 3, 16, 16)).astype(np.float32)

@@ -142,6 +142,14 @@ def test_a_type_that_tensorrt_lacks_is_named(repository, engine):
         build_plans(repository, "m", engine)
 
 
+def test_a_plan_with_other_types_than_the_config_is_refused(repository, engine, monkeypatch):
+    build, before = engine.build, hash_tree(repository)
+    monkeypatch.setattr(engine, "build", lambda graph, shapes: (b"plan", build(graph, shapes)[1] | {"logits": "HALF"}))
+    with pytest.raises(ExportError, match=r"logits of f_tapped is TYPE_FP32, but HALF in the plan"):
+        build_plans(repository, "f", engine)
+    assert hash_tree(repository) == before
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["m_features", "f_tapped", "f_scorer", "m_denoiser", "w_tapped"])
 def test_polygraphy_folds_and_reads_every_graph(exported, engine, tmp_path, name, precision):
