@@ -27,7 +27,7 @@ SERVING_KEYS: Final = (
 )  # fmt: skip
 FLOOR_KEYS: Final = ("target", "batch", "machine")
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
-OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "factor", "machine")
+OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
 Row = dict[str, Any]

@@ -28,7 +28,7 @@ def test_offered_load_is_accounted_for_and_shown(tmp_path, monkeypatch, capsys):
         assert row["accepted"] + row["refused"] == pytest.approx(1) and row["failed"] == 0
         assert row["production"]["beside"]["requests"] > 0 and row["production"]["beside"]["rejected"] == 0
     assert rows[1]["refused"] > 0 and rows[1]["refusal_p99_ms"] > 0
-    assert capsys.readouterr().out.count("| demo | shared | gateway | 4 |") == 2
+    assert capsys.readouterr().out.count("| demo | shared | gateway | 4 | 8 |") == 2
 
 
 @pytest.mark.server

@@ -30,9 +30,9 @@ FRONTS: Final = ("separate:gateway", "shared:gateway")  # the ensemble has no li
 START_S: Final = 60.0
 FULL: Final = 32  # requests under way that keep every model busy, none refused: capacity is what is answered then
 HEAD: Final = (
-    "target", "placement", "asked", "queue", "capacity", "offered", "accepted", "refused", "unscored", "p50 ms", "p99 ms",
-    "refusal p99 ms", "sent late, ms", "production p50 ms, alone", "beside", "p99 ms, alone", "beside", "images/s, alone",
-    "beside",
+    "target", "placement", "asked", "queue", "stack", "capacity", "offered", "accepted", "refused", "unscored", "p50 ms",
+    "p99 ms", "refusal p99 ms", "sent late, ms", "production p50 ms, alone", "beside", "p99 ms, alone", "beside",
+    "images/s, alone", "beside",
 )  # fmt: skip
 
 
@@ -42,12 +42,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--targets", default="resnet18_32")
     parser.add_argument("--fronts", default=",".join(FRONTS), help=f"of {', '.join(FRONTS)}")
     parser.add_argument("--queue", type=int, default=128, help="most requests that wait")
+    parser.add_argument("--max-batch-size", type=int, default=8, help="most images that are stacked")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     options = parser.parse_args(arguments)
     try:
         for target in choose(options.targets, NETWORKS):
             for front in choose(options.fronts, FRONTS):
-                measure(target, front, options.queue, options.seconds)
+                measure(target, front, options.queue, options.max_batch_size, options.seconds)
         print("\n".join(render_table(read_rows(OVERLOAD))))
     except DiffenseError as error:
         sys.exit(f"overload: {error}")
@@ -68,13 +69,13 @@ def choose(text: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
     return names
 
 
-def measure(target: str, front: str, queue: int, seconds: float) -> None:
+def measure(target: str, front: str, queue: int, max_batch_size: int, seconds: float) -> None:
     """Start a server on one export and offer it more and more; each row is written as soon as it is there."""
     placement, asked = front.split(":")
     images = draw_images(target, IMAGES)
     model = f"{target}_{placement}"
     guarded = f"{model}_{asked}"
-    with TritonServer(export(target, cast("Any", placement), model, queue)) as server:
+    with TritonServer(export(target, cast("Any", placement), model, queue, max_batch_size)) as server:
         url = server.endpoints.grpc
         served = read_models(url, "grpc", guarded, model)
         requests = pack_requests(served, images[:32], 1)
@@ -92,6 +93,7 @@ def measure(target: str, front: str, queue: int, seconds: float) -> None:
                 "placement": placement,
                 "front": asked,
                 "queue": queue,
+                "max_batch_size": max_batch_size,
                 "factor": factor,
                 "machine": describe_machine(),
                 "capacity": capacity,
@@ -105,11 +107,11 @@ def measure(target: str, front: str, queue: int, seconds: float) -> None:
             print(f"{guarded}, {factor:g} x {capacity:.1f}/s: {found['refused']:.1%} refused", file=sys.stderr, flush=True)
 
 
-def export(target: str, placement: Literal["separate", "shared"], model: str, queue: int) -> Path:
+def export(target: str, placement: Literal["separate", "shared"], model: str, queue: int, max_batch_size: int) -> Path:
     """Write a repository of its own, its queues limited."""
     path, guard = prepare_guard(target, draw_images(target, IMAGES))
     repository = path.parent / f"overload-{placement}"
-    export_guard(guard, path, repository, model, placement=placement, queue=queue)
+    export_guard(guard, path, repository, model, placement=placement, queue=queue, max_batch_size=max_batch_size)
     return repository
 
 
@@ -149,6 +151,7 @@ def render_row(row: Row) -> str:
         row["placement"],
         row["front"],
         str(row["queue"]),
+        str(row["max_batch_size"]),
         f"{row['capacity']:.1f}/s",
         f"{row['factor']:g} x",
         *(f"{row[name]:.1%}" for name in ("accepted", "refused", "unscored")),
