@@ -266,6 +266,20 @@ def with_features(extra: str) -> onnx.ModelProto:
     return b.model(("N", 3, 16, 16), {extra: ("N", "F"), "logits": ("N", CLASSES)})
 
 
+def add_outputs(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
+    """Further outputs behind the logits: int64 (N,), float32 (N,) and float32 (N, C)."""
+    graph = model.graph
+    graph.node.append(helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0))
+    graph.node.append(helper.make_node("ReduceMax", ["logits"], ["margin"], axes=[1], keepdims=0))
+    graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+    shapes = {"label": (TensorProto.INT64, [batch]), "margin": (TensorProto.FLOAT, [batch])}
+    shapes["probabilities"] = (TensorProto.FLOAT, [batch, CLASSES])
+    for name, (kind, shape) in shapes.items():
+        graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+    onnx.checker.check_model(model)
+    return model
+
+
 def save(model: onnx.ModelProto, path: Path, external: str = "") -> Path:
     """Write a model; `external` names the file for its weights."""
     if external:

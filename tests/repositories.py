@@ -1,5 +1,6 @@
 """Small model repositories for tests that need a server but no guard."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,9 @@ def write_verdict_model(repository: Path, name: str, flagged: int) -> None:
         output [ {{ name: "diffense_flagged" data_type: TYPE_UINT8 dims: [ 1 ] }} ]
         parameters {{ key: "flagged" value {{ string_value: "{flagged}" }} }}
     """)
+
+
+def hash_tree(folder: Path) -> dict[str, str]:
+    """Path inside the folder -> SHA-256 of the file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

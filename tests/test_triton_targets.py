@@ -1,9 +1,7 @@
 """Classifiers unlike the usual one, through the real server: fixed batch, uint8, several outputs, unusual names."""
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 import onnx_models
@@ -18,21 +16,6 @@ pytestmark = pytest.mark.server
 
 FIXED = 4
 ODD_NAME = "0.Resnet-v1.5"
-EXTRA = ("label", "margin", "probabilities")
-
-
-def add_outputs(model, batch):
-    """Further outputs behind the logits: int64 (N,), float32 (N,) and float32 (N, C)."""
-    graph = model.graph
-    graph.node.append(helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0))
-    graph.node.append(helper.make_node("ReduceMax", ["logits"], ["margin"], axes=[1], keepdims=0))
-    graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
-    shapes = {"label": (TensorProto.INT64, [batch]), "margin": (TensorProto.FLOAT, [batch])}
-    shapes["probabilities"] = (TensorProto.FLOAT, [batch, onnx_models.CLASSES])
-    for name in EXTRA:
-        graph.output.append(helper.make_tensor_value_info(name, *shapes[name]))
-    onnx.checker.check_model(model)
-    return model
 
 
 def fit(model, folder, images):
@@ -45,8 +28,8 @@ def fit(model, folder, images):
 def odd(tmp_path_factory, odd_images):
     """One server for the odd targets, and each target's guard."""
     models = {
-        "fixed": add_outputs(onnx_models.plain_cnn(batch=FIXED), FIXED),
-        ODD_NAME: add_outputs(onnx_models.plain_cnn(), "N"),
+        "fixed": onnx_models.add_outputs(onnx_models.plain_cnn(batch=FIXED), FIXED),
+        ODD_NAME: onnx_models.add_outputs(onnx_models.plain_cnn(), "N"),
         "bytes": onnx_models.uint8_input(),
     }
     repository = tmp_path_factory.mktemp("odd") / "repository"

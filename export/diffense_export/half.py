@@ -5,7 +5,7 @@ conversion is onnxruntime's; around it this module chooses the nodes and takes a
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import onnx_ir as ir
@@ -71,9 +71,10 @@ def find_halved(model: ir.Model) -> set[ir.Node]:
     if model.producer_name == PRODUCER:
         return {node for node in model.graph if node.op_type in LAYERS and _has_weight(node)}
     layers = [node for node in model.graph if node.op_type in LAYERS and not str(node.name).startswith(OWN)]
-    behind = _reach(layers, lambda node: (user for output in node.outputs for user, _ in output.uses()))
-    before = _reach(layers, lambda node: (maker for value in node.inputs if value and (maker := value.producer())))
-    return {node for node in behind & before if node.op_type not in DELICATE}
+    behind, before = _reach(layers, _list_users), _reach(layers, _list_makers)
+    halved = {node for node in behind & before if node.op_type not in DELICATE}
+    # What stands between delicate nodes alone, as the epsilon between a variance and its root, would round in vain.
+    return {node for node in halved if node in layers or not halved.isdisjoint((*_list_makers(node), *_list_users(node)))}
 
 
 def join_casts(model: ir.Model) -> None:
@@ -96,7 +97,16 @@ def join_casts(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(shown, value)
 
 
-def _reach(starts: Iterable[ir.Node], follow: Callable[[ir.Node], Iterator[ir.Node]]) -> set[ir.Node]:
+def _list_users(node: ir.Node) -> list[ir.Node]:
+    return [user for output in node.outputs for user, _ in output.uses()]
+
+
+def _list_makers(node: ir.Node) -> list[ir.Node]:
+    makers = (value.producer() for value in node.inputs if value is not None)
+    return [maker for maker in makers if maker is not None]
+
+
+def _reach(starts: Iterable[ir.Node], follow: Callable[[ir.Node], list[ir.Node]]) -> set[ir.Node]:
     found, queue = set(starts), list(starts)
     while queue:
         new = {node for node in follow(queue.pop()) if node not in found}
