@@ -16,6 +16,7 @@ ABLATION: Final = RESULTS / "ablation.json"
 SHIFT: Final = RESULTS / "shift.json"
 SERVING: Final = RESULTS / "serving.json"
 OVERLOAD: Final = RESULTS / "overload.json"
+STREAM: Final = RESULTS / "stream.json"
 MEMORY: Final = RESULTS / "memory.json"
 CASCADE: Final = RESULTS / "cascade.json"
 FLOOR: Final = RESULTS / "floor.json"
@@ -27,13 +28,14 @@ SERVING_KEYS: Final = (
 )  # fmt: skip
 FLOOR_KEYS: Final = ("target", "batch", "machine")
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
+STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
 Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
-    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "placement": SERVING_KEYS, "flops": FLOOR_KEYS,
+    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS, "placement": SERVING_KEYS, "flops": FLOOR_KEYS,
     "forward_ms": COST_KEYS,
 }  # fmt: skip
 

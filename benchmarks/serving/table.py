@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.plots import CLEAN, TRIGGERED, make_panels, write_figure
-from benchmarks.records import FLOOR, OVERLOAD, PEERS_COST, SERVING, Row, read_rows
-from benchmarks.serving import floor, overload, peers_cost
+from benchmarks.records import FLOOR, OVERLOAD, PEERS_COST, SERVING, STREAM, Row, read_rows
+from benchmarks.serving import floor, overload, peers_cost, streaming
 from benchmarks.settings import RESULTS
 from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
@@ -84,6 +84,12 @@ def render_page(rows: list[Row]) -> str:
         "rivals on torch, each divided by a prediction of its own runtime; what the prediction itself gives is not counted.",
         "",
         *peers_cost.render_table(read_rows(PEERS_COST)),
+        "",
+        "## The stream",
+        "",
+        "Written by `python -m benchmarks.serving.streaming`: one request under way, the project's own client for both.",
+        "",
+        *streaming.render_table(read_rows(STREAM)),
         "",
         "## Overload",
         "",
