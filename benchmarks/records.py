@@ -35,8 +35,8 @@ MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
-    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS, "placement": SERVING_KEYS, "flops": FLOOR_KEYS,
-    "forward_ms": COST_KEYS,
+    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS, "placement": SERVING_KEYS,
+    "flops": FLOOR_KEYS, "forward_ms": COST_KEYS,
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def measure(target: str, placement: str, seconds: float, rounds: int) -> None:
 
 async def time_parts(url: str, model: str, images: NDArray[np.uint8], seconds: float) -> tuple[float, float]:
     """Median milliseconds until the prediction and until the verdict, one request after the other."""
-    times = []
+    times: list[list[float]] = []
     async with AsyncGuardClient(url, model) as client:
         end = time.perf_counter() + seconds
         while len(times) < WARM_UP + 1 or time.perf_counter() < end:
