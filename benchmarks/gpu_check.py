@@ -25,6 +25,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from benchmarks.serving.__main__ import choose
+from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import RESULTS, ROOT, describe_machine, find_commit
 from diffense import names
 from diffense.bench.statistics import Statistics, summarise
@@ -147,10 +150,7 @@ def time_in_turns(calls: Sequence[Callable[[], Arrays]], batch: int, seconds: fl
 
 def measure_target(name: str, seconds: float, progress: Callable[[str], None]) -> list[dict[str, Any]]:
     """All rows of one target, on every provider that is installed."""
-    from benchmarks.serving.exports import prepare_guard
-
-    side = int(name.rsplit("_", 1)[1])
-    target, guard = prepare_guard(name, draw_smooth_noise(320, (side, side), 3))
+    target, guard = prepare_guard(name, draw_images(name, IMAGES))
     rows = []
     with tempfile.TemporaryDirectory(prefix="diffense-") as folder, ExitStack() as stack:
         graphs = Graphs(target, guard, Path(folder))
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str]) -> None:
     if device is None:
         sys.exit(NEEDED)
     try:
-        report = check(device, options.targets.split(","), options.seconds)
+        report = check(device, choose(options.targets, NETWORKS), options.seconds)
     except DiffenseError as error:
         sys.exit(f"gpu-check: {error}")
     JSON.write_text(json.dumps(report, indent=1) + "\n")

@@ -63,10 +63,13 @@ def test_guard_your_own_model_and_ask_it(small_target, tmp_path):
                 line = server.stdout.readline()
                 assert line, said
                 said += line
-            (snippet,) = blocks("python")
+            snippet, stream_it = blocks("python")
             (tmp_path / "ask.py").write_text(snippet.replace("8001", str(ports[1])))
             answers = run(f"{sys.executable} ask.py", tmp_path).splitlines()
             assert len(answers) == 12 and all(re.search(r"\.png 0\.\d{3}|\.png 1\.000", line) for line in answers)
+            (tmp_path / "stream.py").write_text(stream_it.replace("8001", str(ports[1])))
+            labels, flagged = run(f"{sys.executable} stream.py", tmp_path).splitlines()
+            assert len(re.findall(r"\d+", labels)) == len(re.findall(r"\d", flagged)) == 12
             run(scan_it.strip().replace("8001", str(ports[1])), tmp_path, expected=(0, 1))
             assert len((tmp_path / "verdicts.csv").read_text().splitlines()) == 13
             run(f"{bench_it.strip().replace('8001', str(ports[1]))} --seconds 0.2 --rounds 1", tmp_path)

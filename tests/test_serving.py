@@ -1,5 +1,6 @@
 """What the served guard answers, with everything around it real but the server."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -176,6 +177,36 @@ def test_a_thousand_classes_do_not_make_a_thousand_series():
     meter.count(scored, np.arange(1000))
     assert len(backend.families["diffense_scored_total"].series) == LABEL_SERIES + 1
     assert backend.total("diffense_scored_total", label="other") == 1000 - LABEL_SERIES
+
+
+def test_figures_that_wait_arrive_as_sums_and_none_is_lost():
+    backend = FakeBackend()
+    meter = Meter(backend, "m", every_s=3600)
+    scored = VerdictRows(
+        np.ones(6, np.float32), np.ones(6, np.float32), np.array([0, 1, 0, 0, 1, 2], np.uint8), [""] * 5 + ["x"]
+    )
+    for _ in range(3):
+        meter.count(scored, np.array([1, 1, 1, 2, 2, 2]))
+        meter.observe_time(0.5)
+    assert backend.total("diffense_scored_total") == 0
+    meter.send()
+    assert backend.total("diffense_scored_total", label="1") == 9 and backend.total("diffense_scored_total", label="2") == 6
+    assert backend.total("diffense_flagged_total") == 6 and backend.total("diffense_unscored_total", reason="x") == 3
+    assert sum(len(s.observed) for s in backend.families["diffense_score"].series.values()) == 15
+    meter.send()
+    assert backend.total("diffense_scored_total") == 15
+    meter.close()
+
+
+def test_a_thread_sends_what_waits():
+    backend = FakeBackend()
+    meter = Meter(backend, "m", every_s=0.01)
+    meter.count_unscored("timeout", 4)
+    until = time.monotonic() + 30
+    while backend.total("diffense_unscored_total") < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    meter.close()
+    assert backend.total("diffense_unscored_total", reason="timeout") == 4
 
 
 def test_the_fused_loop_makes_one_call_and_judges_its_scores(served, guard):

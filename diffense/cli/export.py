@@ -70,13 +70,8 @@ def command(
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
     threads: Annotated[
         int,
-        typer.Option(
-            min=0, help="Threads of each graph; 0: the runtime chooses, but features get half the cores, the guard one."
-        ),
+        typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses, one for the guard's."),
     ] = 0,
-    cores: Annotated[
-        int | None, typer.Option(min=1, help="Cores of the machine that will serve; this one's by default.")
-    ] = None,
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait for gateway and stream; more are refused. 0: no limit.")
     ] = 0,
@@ -115,7 +110,6 @@ def command(
             max_batch_size=max_batch_size,
             instances=instances,
             threads=threads,
-            cores=cores,
             queue=queue,
             accelerator=accelerator.value,
             clean=images.pixels if images else None,

@@ -41,14 +41,8 @@ class FamilyOptions:
     max_batch_size: int
     instances: int
     threads: int
-    cores: int
     queue: int
     accelerator: Accelerator
-
-    @property
-    def features_threads(self) -> int:
-        """Threads of a features graph, which runs beside the production model's (docs/decisions/0011)."""
-        return max(1, self.cores // 2)
 
 
 class FamilyBuilder:
@@ -123,8 +117,7 @@ class FamilyBuilder:
         else:
             save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
         outputs = [*(self.outputs if self.shared else ()), self.judged]
-        threads = 0 if self.shared else self.options.features_threads
-        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image, threads))
+        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image))
         callee = self._build_callee() if self.wiring.callee else None
         self._build_guard()
         if self.options.gateway:

@@ -1,6 +1,5 @@
 """Writes a guard and its target as the models of one family into a Triton repository."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +75,6 @@ def export_guard(
     max_batch_size: int = 32,
     instances: int = 1,
     threads: int = 0,
-    cores: int | None = None,
     queue: int = 0,
     accelerator: Accelerator = "none",
     clean: NDArray[np.uint8] | None = None,
@@ -100,9 +98,7 @@ def export_guard(
         production: False leaves the model that stands in the repository alone; it must be the guard's target.
         max_batch_size: most images of a request, and of a stack of requests. Classifiers of one fixed batch keep that.
         instances: copies of each model.
-        threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one, and the features
-            graph, which gets half of the cores: it runs beside the production model.
-        cores: of the machine that will serve; None: as many as this one has.
+        threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one.
         queue: most requests that wait for the gateway, and for the stream; what comes on top is refused at once (UNAVAILABLE),
             and each of the two runs as three processes then. 0: no limit. The ensemble has none.
         accelerator: how the onnxruntime backend runs the graphs where there is a GPU: ``cuda`` and ``tensorrt`` keep to
@@ -131,7 +127,6 @@ def export_guard(
         max_batch_size,
         instances,
         threads,
-        cores or os.cpu_count() or 1,
         queue,
         accelerator,
     )

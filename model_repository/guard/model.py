@@ -10,7 +10,7 @@ from diffense.errors import DiffenseError
 from diffense.scorer import Scorer
 from diffense.serving.calls import read_parameters
 from diffense.serving.guard import GuardService
-from diffense.serving.meter import Meter
+from diffense.serving.meter import EVERY_S, Meter
 from diffense.serving.settings import Wiring
 
 
@@ -24,8 +24,13 @@ class TritonPythonModel:
             scorer = Scorer.load(Path(args["model_repository"], args["model_version"]))
         except (DiffenseError, ValueError) as error:
             raise pb_utils.TritonModelException(f"{error}; export the guard again") from None
-        self.service = GuardService(pb_utils, wiring, scorer, Meter(pb_utils, wiring.model))
+        self.meter = Meter(pb_utils, wiring.model, EVERY_S)
+        self.service = GuardService(pb_utils, wiring, scorer, self.meter)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests."""
         return self.service.answer(requests)
+
+    def finalize(self) -> None:
+        """Stop counting."""
+        self.meter.close()
