@@ -7,6 +7,7 @@ Writes benchmarks/results/stream.json and prints it as a table. One request unde
 
 import argparse
 import asyncio
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.records import STREAM, Row, read_rows, write_row
 from benchmarks.serving.__main__ import PLACEMENTS, choose
@@ -22,11 +22,13 @@ from benchmarks.serving.exports import IMAGES, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import pack_requests, read_models
-from diffense.bench.load import Load, run_load
+from diffense.bench.load import TIMEOUT_S, Load, run_load
 from diffense.errors import DiffenseError
 from diffense.names import STREAM_SUFFIX
 from diffense.serve import TritonServer
-from diffense_client import AsyncGuardClient
+from diffense_client._aio import open_transport
+from diffense_client._core import Request, Settings
+from diffense_client._transport import Parts
 from diffense_export.repository import export_guard
 
 BATCHES: Final = (1, 8)
@@ -69,7 +71,7 @@ def measure(target: str, placement: str, seconds: float, rounds: int) -> None:
             unguarded, parts = [], []
             for _ in range(rounds):
                 unguarded.append(run_load(Load(url, "grpc", 1, False, seconds), plain).p50_ms)
-                parts.append(asyncio.run(time_parts(url, model + STREAM_SUFFIX, images[:batch], seconds)))
+                parts.append(asyncio.run(time_parts(url, requests, seconds)))
             prediction, verdict = np.asarray(parts).T
             row = {
                 "target": target,
@@ -89,16 +91,27 @@ def measure(target: str, placement: str, seconds: float, rounds: int) -> None:
             print(f"{model}, batch {batch}: prediction x{row['prediction_ratio']:.3f}", file=sys.stderr, flush=True)
 
 
-async def time_parts(url: str, model: str, images: NDArray[np.uint8], seconds: float) -> tuple[float, float]:
+async def time_parts(url: str, requests: Sequence[Request], seconds: float) -> tuple[float, float]:
     """Median milliseconds until the prediction and until the verdict, one request after the other."""
     times: list[list[float]] = []
-    async with AsyncGuardClient(url, model) as client:
+    transport = open_transport(Settings.check(url, requests[0].model, "grpc", TIMEOUT_S, 0, None))
+    try:
         end = time.perf_counter() + seconds
-        while len(times) < WARM_UP + 1 or time.perf_counter() < end:
+        for request in itertools.cycle(requests):
             start = time.perf_counter()
-            times.append([time.perf_counter() - start async for _ in client.stream(images)])
+            if len(times) > WARM_UP and start > end:
+                break
+            parts = transport.stream(request, TIMEOUT_S)
+            times.append([await _read(parts, start), await _read(parts, start)])
+    finally:
+        await transport.close()
     prediction, verdict = np.median(np.asarray(times[WARM_UP:]), axis=0) * 1e3
     return float(prediction), float(verdict)
+
+
+async def _read(parts: Parts, start: float) -> float:
+    await parts.read(TIMEOUT_S)
+    return time.perf_counter() - start
 
 
 def render_table(rows: Sequence[Row]) -> list[str]:
