@@ -18,7 +18,7 @@ from benchmarks.metrics import Scores, measure_detection
 from benchmarks.peers.base import Inspected
 from benchmarks.records import CASCADE, Row, write_row
 from benchmarks.settings import describe_machine, find_cache, find_commit
-from benchmarks.targets import make_cell
+from benchmarks.targets import read_cell
 from diffense.errors import DiffenseError
 from diffense.guard import Guard
 
@@ -49,8 +49,7 @@ def describe(row: Row) -> str:
 
 def measure_cell(name: str) -> list[Row]:
     """One row a border, on all evaluation images; the guards are those of the matrix where they lie in the cache."""
-    dataset, attack = name.split("-")
-    cell = make_cell(dataset, attack)
+    cell = read_cell(name)
     found = prepare_cell(cell, None, print)
     guard, closed = load_guard(found, "auto"), load_guard(found, "off")
     clean, triggered = (inspect_images(guard, pixels) for pixels in (found.evaluation.pixels, found.triggered))

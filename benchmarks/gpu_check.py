@@ -25,8 +25,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from benchmarks.serving.__main__ import choose
-from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import RESULTS, ROOT, describe_machine, find_commit
 from diffense import names
@@ -91,6 +90,8 @@ def open_onnxruntime(graphs: Graphs, provider: str) -> Iterator[dict[str, Run]]:
     def start(path: Path) -> Run:
         options: Any = [(provider, {"use_tf32": 0})] if provider.startswith("CUDA") else [provider]
         session = onnxruntime.InferenceSession(str(path), providers=options)
+        if session.get_providers()[0] != provider:
+            raise OptionError(f"onnxruntime cannot use {provider} here: CUDA or cuDNN is missing, or of another version")
         wanted = [output.name for output in session.get_outputs()]
         return lambda inputs: dict(zip(wanted, session.run(wanted, dict(inputs)), strict=True))
 
@@ -174,7 +175,8 @@ def measure_target(name: str, seconds: float, progress: Callable[[str], None]) -
 def run_tests() -> str:
     """The last line of pytest on the tests marked ``gpu``."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return next(reversed(done.stdout.strip().splitlines()), f"pytest ended with code {done.returncode}")
 
 
 def render_page(report: Mapping[str, Any]) -> str:

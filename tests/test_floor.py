@@ -13,15 +13,16 @@ from benchmarks.serving.work import count_work
 
 @pytest.fixture
 def graph(tmp_path):
-    """Convolution 3 -> 4 (3 x 3, stride 2, padded), mean, product 4 -> 5."""
-    weights = {"k": np.zeros((4, 3, 3, 3), np.float32), "m": np.zeros((4, 5), np.float32)}
+    """Convolution 3 -> 4 (3 x 3, stride 2, padded), mean, product 4 -> 5, Einstein product 5 -> 6."""
+    weights = {"k": np.zeros((4, 3, 3, 3), np.float32), "m": np.zeros((4, 5), np.float32), "e": np.zeros((5, 6), np.float32)}
     nodes = [
         helper.make_node("Conv", ["x", "k"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),
         helper.make_node("ReduceMean", ["c"], ["p"], axes=[2, 3], keepdims=0),
-        helper.make_node("MatMul", ["p", "m"], ["y"]),
+        helper.make_node("MatMul", ["p", "m"], ["v"]),
+        helper.make_node("Einsum", ["v", "e"], ["y"], equation="nd,df->nf"),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6])
     made = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(a, n) for n, a in weights.items()])
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
     return tmp_path / "g.onnx"
@@ -30,8 +31,8 @@ def graph(tmp_path):
 @pytest.mark.parametrize("batch", [1, 2, 32])
 def test_work_is_that_of_the_products_and_of_every_tensor(graph, batch):
     work = count_work(graph, batch, 8)
-    assert work.flops == 2 * batch * (4 * 4 * 4 * 27 + 4 * 5)
-    assert work.bytes == 4 * (108 + 20 + batch * (3 * 8 * 8 + 4 * 4 * 4 + 4 + 5))
+    assert work.flops == 2 * batch * (4 * 4 * 4 * 27 + 4 * 5 + 5 * 6)
+    assert work.bytes == 4 * (108 + 20 + 30 + batch * (3 * 8 * 8 + 4 * 4 * 4 + 4 + 5 + 6))
 
 
 def test_every_form_runs_and_gives_the_guards_scores(guard, small_target, clean_images, tmp_path):

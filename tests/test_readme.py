@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.demo_table import RESULTS, render_table
-from benchmarks.records import DETECTION, read_rows
+from benchmarks.records import DETECTION, SERVING, read_rows
+from benchmarks.serving.table import render_summary as render_serving
 from benchmarks.tables import render_summary
 from diffense.ports import choose_ports
 from shapes import draw_shapes
@@ -88,6 +89,10 @@ def test_the_detection_table_is_that_of_the_results():
     assert render_summary(read_rows(DETECTION)) in README
 
 
+def test_the_serving_table_is_that_of_the_results():
+    assert "\n".join(render_serving(read_rows(SERVING))) in README
+
+
 def test_every_file_that_the_readme_names_exists():
     for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:docs|benchmarks|docker)/[^` ]*)`", README):
         assert (ROOT / path).exists(), path
@@ -100,5 +105,18 @@ def test_every_command_is_in_the_readme_or_helps_itself():
         assert run(f"diffense {name} --help", ROOT).count("Usage") == 1
     assert all(
         f"diffense {name}" in README
-        for name in ("fit", "score", "calibrate", "inspect", "export", "serve", "scan", "demo", "doctor", "evaluate", "bench")
+        for name in (
+            "fit",
+            "score",
+            "calibrate",
+            "inspect",
+            "export",
+            "serve",
+            "scan",
+            "demo",
+            "doctor",
+            "evaluate",
+            "bench",
+            "plans",
+        )
     )

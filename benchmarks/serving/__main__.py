@@ -12,16 +12,15 @@ from typing import Any, Final, cast
 
 from benchmarks.records import SERVING, read_rows, write_row
 from benchmarks.serving.breakdown import Breakdown
-from benchmarks.serving.exports import IMAGES, Served, prepare_repository
+from benchmarks.serving.exports import IMAGES, PLACEMENTS, Served, choose, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import Measure, Scenario, choose_tool, compare_models, read_models
 from diffense.bench.perf_analyzer import find_perf_analyzer
-from diffense.errors import DiffenseError, OptionError
+from diffense.errors import DiffenseError
 from diffense.names import GATEWAY_SUFFIX, GUARDED_SUFFIX
 from diffense.serve import TritonServer
 
-PLACEMENTS: Final = ("separate", "shared")
 LOOPS: Final = ("bls", "fused", "whole")
 SCENARIOS: Final = (
     Scenario("grpc", 1, 1, False),
@@ -66,19 +65,6 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"serving: {error}")
     except KeyboardInterrupt:
         sys.exit("serving: interrupted; what is finished is kept, run it again to go on")
-
-
-def choose(text: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Names separated by commas.
-
-    Raises:
-        OptionError: one is unknown.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise OptionError(f"unknown {name!r}; known: {', '.join(known)}")
-    return names
 
 
 def describe(served: Served, scenario: Scenario, tool: str) -> dict[str, Any]:

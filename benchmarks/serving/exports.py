@@ -1,21 +1,23 @@
 """The guarded models that are measured: target, guard and repository, kept in the bench's cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.serving.networks import write_network
 from benchmarks.settings import find_cache
-from diffense.errors import DiffenseError
+from diffense.errors import DiffenseError, OptionError
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.serving.settings import Loop
 from diffense.target import Target
 from diffense_export.repository import export_guard
 
+PLACEMENTS: Final = ("separate", "shared")
 IMAGES: Final = 320  # to fit on; random weights have nothing to learn, only the guard's cost counts
 
 
@@ -53,3 +55,16 @@ def fit_or_load(target: Path, images: NDArray[np.uint8], folder: Path) -> Guard:
         return Guard.load(folder, target)
     except DiffenseError:  # none yet, of other weights, or of an older version
         return fit_guard(Target.open(target), images, folder, settings=FitSettings(network="on", training_steps=100))
+
+
+def choose(text: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
+    """Names separated by commas.
+
+    Raises:
+        OptionError: one is unknown.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise OptionError(f"unknown {name!r}; known: {', '.join(known)}")
+    return names

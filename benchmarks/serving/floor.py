@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from benchmarks.records import FLOOR, SERVING, Row, read_rows, write_row
-from benchmarks.serving.__main__ import choose
-from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.serving.work import Work, count_work
 from benchmarks.settings import describe_machine, find_commit

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.records import MEMORY, write_row
+from benchmarks.records import MEMORY, Row, write_row
 from benchmarks.serving.exports import IMAGES, Served, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", default="demo", choices=list(NETWORKS))
     parser.add_argument("--placement", default="separate", choices=["separate", "shared"])
-    parser.add_argument("--loop", default="bls", choices=["bls", "fused"])
+    parser.add_argument("--loop", default="bls", choices=["bls", "fused", "whole"])
     parser.add_argument("--requests", type=int, default=200_000)
     options = parser.parse_args(arguments)
     try:
@@ -84,10 +84,16 @@ def measure(served: Served, count: int) -> None:
         "commit": find_commit(),
     }
     write_row(row, MEMORY)
-    noise = "within noise" if total["within_noise"] else "beyond noise"
-    print(
-        f"{guarded}: {total['slope']:+.2f} +- {total['error']:.2f} MB per {PER} requests over the later half of {count} "
-        f"({total['last_mb']:.0f} MB in {len(grown)} processes), {noise}"
+    print(describe(row))
+
+
+def describe(row: Row) -> str:
+    """One line."""
+    total = row["total"]
+    return (
+        f"{row['target']} {row['placement']} {row['loop']}: {total['slope']:+.2f} ± {total['error']:.2f} MB per {PER} requests over "
+        f"the later half of {row['requests']} ({total['last_mb']:.0f} MB in {len(row['processes'])} processes), "
+        f"{'within' if total['within_noise'] else 'beyond'} noise"
     )
 
 

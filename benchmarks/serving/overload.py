@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from benchmarks.records import OVERLOAD, Row, read_rows, write_row
-from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.serving.offered import Offer, run_offer
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import Load, run_load
-from diffense.errors import BenchError, DiffenseError, OptionError
+from diffense.errors import BenchError, DiffenseError
 from diffense.serve import TritonServer
 from diffense_client._core import Request
 from diffense_export.repository import export_guard
@@ -54,19 +54,6 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"overload: {error}")
     except KeyboardInterrupt:
         sys.exit("overload: interrupted; what is finished is kept")
-
-
-def choose(text: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Names separated by commas.
-
-    Raises:
-        OptionError: one is unknown.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise OptionError(f"unknown {name!r}; known: {', '.join(known)}")
-    return names
 
 
 def measure(target: str, front: str, queue: int, max_batch_size: int, seconds: float) -> None:

@@ -17,8 +17,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from benchmarks.records import STREAM, Row, read_rows, write_row
-from benchmarks.serving.__main__ import PLACEMENTS, choose
-from benchmarks.serving.exports import IMAGES, prepare_guard
+from benchmarks.serving.exports import IMAGES, PLACEMENTS, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import pack_requests, read_models

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.plots import CLEAN, TRIGGERED, make_panels, write_figure
-from benchmarks.records import FLOOR, OVERLOAD, PEERS_COST, SERVING, STREAM, Row, read_rows
-from benchmarks.serving import floor, overload, peers_cost, streaming
+from benchmarks.records import FLOOR, MEMORY, OVERLOAD, PEERS_COST, SERVING, STREAM, Row, read_rows
+from benchmarks.serving import floor, memory, overload, peers_cost, streaming
 from benchmarks.settings import RESULTS
 from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
@@ -76,7 +76,7 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
         "scoring of a whole graph is inside it, so its guard's model has nothing to be compared with.",
         "",
-        *floor.render_table(read_rows(FLOOR), rows),
+        *floor.render_table(read_rows(FLOOR), keep_tool(rows)),
         "",
         "## What the rivals cost",
         "",
@@ -96,6 +96,12 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.overload`: single images, offered at multiples of what 32 clients get.",
         "",
         *overload.render_table(read_rows(OVERLOAD)),
+        "",
+        "## Memory",
+        "",
+        "Written by `python -m benchmarks.serving.memory`: resident memory of the server and its processes.",
+        "",
+        *map(memory.describe, read_rows(MEMORY)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -105,18 +111,19 @@ def render_table(rows: list[Row]) -> list[str]:
     return ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|", *map(render_row, rows)]
 
 
-def pick_summary(rows: list[Row]) -> list[Row]:
-    """What the README and the plots show: gRPC without shared memory, one request of 1 and of 8 images under way.
-
-    By perf_analyzer where it measured anything.
-    """
-    wanted = [(1, 1), (8, 1)]
+def keep_tool(rows: list[Row]) -> list[Row]:
+    """The rows of perf_analyzer where it measured anything."""
     tool = "perf_analyzer" if any(row["tool"] == "perf_analyzer" for row in rows) else "builtin"
+    return [row for row in rows if row["tool"] == tool]
+
+
+def pick_summary(rows: list[Row]) -> list[Row]:
+    """What the README and the plots show: gRPC without shared memory, one request of 1 and of 8 images under way."""
+    wanted = [(1, 1), (8, 1)]
     return [
         row
-        for row in rows
+        for row in keep_tool(rows)
         if row["protocol"] == "grpc"
-        and row["tool"] == tool
         and not row["shared_memory"]
         and not row["gateway"]
         and (row["batch"], row["concurrency"]) in wanted

@@ -19,7 +19,7 @@ class Work:
     """Work of one run.
 
     Attributes:
-        flops: two for each multiplication with its addition, in convolutions and matrix products; the rest is not counted.
+        flops: two for each multiplication with its addition, in convolutions, matrix and Einstein products; no others.
         bytes: of all weights, read once, and all activations, written once, before any fusion.
     """
 
@@ -70,6 +70,8 @@ def fill(shape: list[Any], batch: int, side: int) -> NDArray[np.float32]:
 
 def count_products(node: onnx.NodeProto, shapes: Shapes) -> float:
     """Floating-point operations of one node; 0 where it is no product."""
+    if node.op_type == "Einsum":
+        return count_einsum(node, shapes)
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return 0.0
     left, right, result = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
@@ -79,3 +81,12 @@ def count_products(node: onnx.NodeProto, shapes: Shapes) -> float:
         turned = any(a.name == "transA" and a.i for a in node.attribute)
         inner = float(left[0 if turned else -1])
     return 2.0 * float(np.prod(result)) * inner
+
+
+def count_einsum(node: onnx.NodeProto, shapes: Shapes) -> float:
+    """Two for every combination of all its indices."""
+    equation = next(a.s for a in node.attribute if a.name == "equation").decode()
+    sizes: dict[str, int] = {}
+    for letters, name in zip(equation.replace(" ", "").split("->")[0].split(","), node.input, strict=True):
+        sizes |= dict(zip(letters, shapes[name], strict=True))
+    return 2.0 * float(np.prod(list(sizes.values())))

@@ -143,6 +143,9 @@ class AsyncGrpcTransport:
             code, detail = error.code().name, error.details() or ""
             kind = classify_grpc(code, reachable=code != "UNAVAILABLE" or await self._is_live(timeout_s))
             parts.put(kind(describe_failure(kind, "grpc", self._address, subject, detail)))
+        except InferenceServerException as error:
+            kind = classify_stream(error.message())
+            parts.put(kind(describe_failure(kind, "grpc", self._address, subject, error.message())))
         except ServerError as error:
             parts.put(error)
 

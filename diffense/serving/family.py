@@ -40,6 +40,8 @@ class Family:
                 )
                 return dict(zip(outputs, found, strict=True)), latents
             except CallError as error:
+                if error.code == "INVALID_ARG":
+                    raise  # nor would the other model take this input
                 # The untouched model is loaded as well, and without latents there is just no verdict.
                 self.backend.Logger.log_error(f"asking {self.wiring.model} instead: {error}")
         found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs)

@@ -80,13 +80,17 @@ class GatewayService:
 
     def _answer_stack(self, jobs: Sequence[Job]) -> list[Any]:
         sizes = [len(job.images) for job in jobs]
-        images = np.concatenate([job.images for job in jobs])
         try:
+            images = np.concatenate([job.images for job in jobs])
             outputs, latents = self.family.ask_production(images)
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
         except CallError as error:
             self.backend.Logger.log_error(f"production failed: {error}")
             return [refuse(self.backend, RefusedError(error.code, error.public)) for _ in jobs]
+        except Exception as error:  # a raised error would end all requests of the batch, its traceback sent to the clients
+            self.backend.Logger.log_error(f"cannot predict: {error!r}")
+            refused = RefusedError("INTERNAL", "the gateway failed; the server's log says why")
+            return [refuse(self.backend, refused) for _ in jobs]
         parts = [{name: rows[place] for name, rows in pieces.items()} for place in range(len(jobs))]
         verdicts = self._judge(jobs, images, outputs, latents)
         return [self._close(job, part, verdict) for job, part, verdict in zip(jobs, parts, verdicts, strict=True)]

@@ -43,7 +43,7 @@ class Meter:
         self._classes: set[int] = set()
         self._totals: Counter[Series] = Counter()
         self._observed: list[tuple[Series, float]] = []
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if every_s:
@@ -78,14 +78,15 @@ class Meter:
         self._note()
 
     def send(self) -> None:
-        """Tell the server what has come together."""
+        """Tell the server what has come together, from any thread; what it does not take is lost, and the answer is not."""
         with self._lock:
             totals, self._totals = self._totals, Counter()
             observed, self._observed = self._observed, []
-        for series, total in totals.items():
-            self._find(series).increment(total)
-        for series, value in observed:
-            self._find(series).observe(value)
+        with self._sending:
+            for series, total in totals.items():
+                self._tell(series, "increment", total)
+            for series, value in observed:
+                self._tell(series, "observe", value)
 
     def close(self) -> None:
         """Stop the thread; the server has no use for what is left, since the series end with the model."""
@@ -99,10 +100,13 @@ class Meter:
 
     def _send_often(self, every_s: float) -> None:
         while not self._stopped.wait(every_s):
-            try:
-                self.send()
-            except Exception as error:  # figures are lost, answers are not
-                self._backend.Logger.log_error(f"metrics of {self._model} were not counted: {error!r}")
+            self.send()
+
+    def _tell(self, series: Series, verb: str, value: float) -> None:
+        try:
+            getattr(self._find(series), verb)(value)
+        except Exception as error:
+            self._backend.Logger.log_error(f"{series[0].name} of {self._model} was not counted: {error!r}")
 
     def _name_class(self, label: int) -> str:
         if len(self._classes) < LABEL_SERIES:

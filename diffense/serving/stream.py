@@ -21,7 +21,7 @@ from diffense.serving.verdicts import VerdictRows
 
 # Stacks whose verdict is under way while the next prediction is made. More wait in the server's queue, whose limit holds.
 UNDER_WAY: Final = 2
-PATIENCE_S: Final = 10.0  # a guard that hangs must not hold up the predictions of others for ever
+PATIENCE_S: Final = 5.0  # less than the clients' own; a guard that hangs must not hold up the predictions of others for ever
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class StreamService:
         self.budget = Budget(PATIENCE_S, clock)
         self._pool = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="diffense")
         self._free = threading.Semaphore(UNDER_WAY)
-        self._counting = threading.Lock()
 
     def close(self) -> None:
         """Wait until every verdict that is under way has been sent."""
@@ -82,31 +81,40 @@ class StreamService:
 
     def _answer_stack(self, jobs: Sequence[Job]) -> None:
         sizes = [len(job.images) for job in jobs]
-        # A copy: the request's own memory need not outlive this call.
-        images = np.concatenate([job.images for job in jobs])
         try:
+            # A copy: the request's own memory need not outlive this call.
+            images = np.concatenate([job.images for job in jobs])
             outputs, latents = self.family.ask_production(images)
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
+            responses = [
+                respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()})
+                for place, job in enumerate(jobs)
+            ]
         except CallError as error:
             self._refuse_all(jobs, f"production failed: {error}", error.code, error.public)
             return
         except Exception as error:  # a raised error would end all requests of the batch, its traceback sent to the clients
             self._refuse_all(jobs, f"cannot predict: {error!r}", "INTERNAL", "the stream failed; the server's log says why")
             return
-        for place, job in enumerate(jobs):
-            self._send(job.sender, respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()}))
+        for job, response in zip(jobs, responses, strict=True):
+            self._send(job.sender, response)
         self._free.acquire()
         self._pool.submit(self._finish_stack, jobs, images, outputs, latents)
 
     def _finish_stack(
         self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
     ) -> None:
+        left = list(jobs)
         try:
             for job, verdict in zip(jobs, self._judge(jobs, images, outputs, latents), strict=True):
                 if isinstance(verdict, RefusedError):
-                    self._close(job.sender, refuse(self.backend, verdict))
+                    response = refuse(self.backend, verdict)
                 else:
-                    self._close(job.sender, respond(self.backend, job.request, verdict.to_tensors()))
+                    response = respond(self.backend, job.request, verdict.to_tensors())
+                left.pop(0)
+                self._close(job.sender, response)
+        except Exception as error:  # nobody reads it from the pool, and the clients wait for their last response
+            self._refuse_all(left, f"cannot judge: {error!r}", "INTERNAL", "the stream failed; the server's log says why")
         finally:
             self._free.release()
 
@@ -122,8 +130,7 @@ class StreamService:
                 raise OverBudgetError("timeout")
             return self.family.judge(self.budget, images, outputs, latents, sizes, left)
         except OverBudgetError as error:
-            with self._counting:
-                self.meter.count_unscored(error.reason, sum(sizes))
+            self.meter.count_unscored(error.reason, sum(sizes))
             return [VerdictRows.make_unscored(size, error.reason) for size in sizes]
 
     def _refuse_all(self, jobs: Sequence[Job], logged: str, code: str, message: str) -> None:

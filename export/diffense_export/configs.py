@@ -225,6 +225,8 @@ def parse_config(path: Path) -> Any:
     """
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror}); export the guard again") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} is no model config: {error}") from None
 

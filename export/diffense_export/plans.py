@@ -98,7 +98,8 @@ def build_plans(
     guarded = model + names.GUARDED_SUFFIX
     configs = {name: parse_config(repository / name / CONFIG_FILE) for name in export.models}
     chosen = [name for name, config in configs.items() if config.backend in ("onnxruntime", "tensorrt")]
-    chosen = [name for name in chosen if production or name != model]
+    is_plan = model in configs and configs[model].backend == "tensorrt"  # of an earlier build, which this one replaces
+    chosen = [name for name in chosen if name != model or production or is_plan]
     first = configs[guarded].input[0].dims[0]
     limit = export.max_batch_size or (first if first > 0 else most)
     stated = configs[guarded].parameters[names.PREPROCESSING_PARAMETER].string_value
