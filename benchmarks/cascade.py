@@ -7,7 +7,7 @@ Writes benchmarks/results/cascade.json. Cleared inputs rank below all others, by
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +68,7 @@ def measure_cell(name: str) -> list[Row]:
             continue
         rows.append(
             {
-                "dataset": cell.dataset,
-                "attack": cell.attack,
-                "target": cell.network,
-                "seed": cell.seed,
-                "guard_seed": 0,
+                **cell.describe(guard_seed=0),
                 "cleared_above": border,
                 "cleared_clean": float(cleared[0].mean()),
                 "cleared_triggered": float(cleared[1][reached].mean()),
@@ -87,12 +83,12 @@ def measure_cell(name: str) -> list[Row]:
     return rows
 
 
-def load_guard(found: Evaluated, network: str) -> Guard:
+def load_guard(found: Evaluated, network: Literal["auto", "off"]) -> Guard:
     """The matrix's guard from the cache, else a new one."""
     try:
         return Guard.load(find_cache() / "guards" / f"{found.target.cell.name}-all-0-{network}", found.target.path)
     except DiffenseError:
-        return fit_cell(found, None, 0, print, network="off" if network == "off" else "auto")
+        return fit_cell(found, None, 0, print, network=network)
 
 
 def run_cascade(closed: Guard, view: Inspected, whole: Scores, border: float | None) -> tuple[Scores, NDArray[np.bool_]]:

@@ -49,11 +49,7 @@ def measure_cell(cell: Cell, most: int, progress: Callable[[str], None]) -> Row:
     right = labels[: len(clean)] == found.evaluation.labels[:most]
     reached = labels[len(clean) :] == found.target.attack.target
     row: dict[str, Any] = {
-        "dataset": cell.dataset,
-        "attack": cell.attack,
-        "target": cell.network,
-        "seed": cell.seed,
-        "guard_seed": 0,
+        **cell.describe(guard_seed=0),
         "clean": len(clean),
         "triggered": len(triggered),
     }

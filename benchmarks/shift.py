@@ -75,11 +75,7 @@ def measure_shifts(cell: Cell, progress: Callable[[str], None]) -> list[dict[str
         measured = measure_detection(guard.scorer.calibration, score_inspected(guard, view), right, nothing, np.zeros(0, bool))
         rows.append(
             {
-                "dataset": cell.dataset,
-                "attack": cell.attack,
-                "target": cell.network,
-                "seed": cell.seed,
-                "guard_seed": 0,
+                **cell.describe(guard_seed=0),
                 "shift": name,
                 "accuracy": float(right.mean()),
                 "fpr_at_1": measured.fpr_at_1,

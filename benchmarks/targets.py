@@ -41,6 +41,16 @@ class Cell:
         """Fit for a folder's name."""
         return f"{self.dataset}-{self.attack}-{self.network}-{self.seed}"
 
+    def describe(self, guard_seed: int) -> dict[str, Any]:
+        """What tells a row of results about this cell from others (`records.KEYS`)."""
+        return {
+            "dataset": self.dataset,
+            "attack": self.attack,
+            "target": self.network,
+            "seed": self.seed,
+            "guard_seed": guard_seed,
+        }
+
     @property
     def spec(self) -> Spec:
         """Of the image set."""

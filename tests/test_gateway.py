@@ -204,3 +204,21 @@ def test_one_clients_short_patience_does_not_switch_the_guard_off():
     release.set()
     assert budget.run(lambda deadline: "scored") == "scored"
     budget.close()
+
+
+def test_nonsense_of_production_ends_every_request_with_an_error(served):
+    _, service = served.gateway_service(m=lambda arrays: {"logits": np.float32(0)})
+    for response in service.answer([served.ask_gateway([0]), served.ask_gateway([1])]):
+        assert response.error().code() == TritonError.INTERNAL
+        assert "Error" not in response.error().message()
+
+
+def test_what_the_tapped_graph_refuses_is_not_asked_again(served):
+    def refuse_input(arrays):
+        raise TritonError("bad shape", TritonError.INVALID_ARG)
+
+    shared = replace(WIRING, shared=True, latents_model="m_tapped")
+    backend, service = served.gateway_service(wiring=shared, m_tapped=refuse_input)
+    (response,) = service.answer([served.ask_gateway([0])])
+    assert response.error().code() == TritonError.INVALID_ARG
+    assert [call[0] for call in backend.calls] == ["m_tapped"]

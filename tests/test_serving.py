@@ -198,6 +198,18 @@ def test_figures_that_wait_arrive_as_sums_and_none_is_lost():
     meter.close()
 
 
+def test_a_series_that_fails_loses_its_own_figure_alone():
+    backend = FakeBackend()
+    meter = Meter(backend, "m")
+    scored = VerdictRows(np.ones(2, np.float32), np.ones(2, np.float32), np.zeros(2, np.uint8), [""] * 2)
+    meter.count(scored, np.array([0, 1]))
+    broken = next(s for labels, s in backend.families["diffense_scored_total"].series.items() if ("label", "0") in labels)
+    broken.increment = None
+    meter.count(scored, np.array([0, 1]))
+    assert backend.total("diffense_scored_total", label="0") == 1 and backend.total("diffense_scored_total", label="1") == 2
+    assert any("diffense_scored_total" in str(line) for line in backend.logged)
+
+
 def test_a_thread_sends_what_waits():
     backend = FakeBackend()
     meter = Meter(backend, "m", every_s=0.01)

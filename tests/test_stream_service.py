@@ -168,3 +168,11 @@ def test_predictions_do_not_wait_for_verdicts_but_for_too_many_of_them(served):
     caller.join(30)
     service.close()
     assert all(len(request.sender.wait()) == 2 for request in requests)
+
+
+def test_a_verdict_that_cannot_be_sent_still_ends_every_request(served, monkeypatch):
+    _, service = served.stream_service()
+    monkeypatch.setattr("diffense.serving.verdicts.VerdictRows.to_tensors", lambda rows: 1 / 0)
+    for _, error in answer(service, served.ask_gateway([0]), served.ask_gateway([1])):
+        assert error.code() == TritonError.INTERNAL
+        assert "division" not in error.message()

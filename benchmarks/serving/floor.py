@@ -32,6 +32,7 @@ from diffense_export.scorer import build_scorer
 from diffense_export.whole import build_whole
 
 BATCHES: Final = (1, 8, 32)
+COUNTED: Final[tuple[str, ...]] = ("production", "tapped", "features", "denoiser")
 HEAD: Final = (
     "target", "placement", "loop", "batch", "guarded GFLOP", "of production", "production, one process, ms", "guarded",
     "of production", "served p50, ms", "of one process", "guard's model, ms", "of its scoring in one process",
@@ -62,7 +63,7 @@ def measure_target(name: str, rounds: int) -> None:
         graphs = write_graphs(guard, target, Path(folder))
         sessions = {key: open_session(path, 1 if key in ("denoiser", "scorer") else 0) for key, path in graphs.items()}
         for batch in BATCHES:
-            works = {key: count_work(path, batch, NETWORKS[name].side) for key, path in graphs.items()}
+            works = {key: count_work(graphs[key], batch, NETWORKS[name].side) for key in COUNTED if key in graphs}
             forms = list_forms(guard, sessions, guard.preprocessing.apply(images[:batch]))
             sums = add_works(works)
             times = time_in_turns(forms, rounds)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,17 +22,15 @@ SEED: Final = 0
 
 @dataclass(frozen=True)
 class Offer:
-    """How many requests a second are sent, and for how long; the gaps between them are exponential.
+    """How many gRPC requests a second are sent, and for how long; the gaps between them are exponential.
 
     Attributes:
         url: ``host:port``.
-        protocol: gRPC or HTTP.
         rate: requests a second.
         seconds: how long requests are sent, `math.inf` until somebody says stop; their answers may take longer.
     """
 
     url: str
-    protocol: Literal["grpc", "http"]
     rate: float
     seconds: float
 
@@ -96,7 +94,7 @@ def run_offer(offer: Offer, requests: Sequence[Request], started: Event | None =
 
 
 async def _run(offer: Offer, requests: Sequence[Request], started: Event | None, stop: Event | None) -> Outcome:
-    settings = Settings.check(offer.url, requests[0].model, offer.protocol, TIMEOUT_S, 0, None)
+    settings = Settings.check(offer.url, requests[0].model, "grpc", TIMEOUT_S, 0, None)
     transport, outcome = open_transport(settings), Outcome()
     gaps = np.random.default_rng(SEED)
     under_way: set[asyncio.Task[None]] = set()

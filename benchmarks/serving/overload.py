@@ -69,7 +69,7 @@ def measure(target: str, front: str, queue: int, max_batch_size: int, seconds: f
         plain = [replace(request, model=model, outputs=served.outputs) for request in requests]
         capacity = run_load(Load(url, "grpc", min(FULL, queue), False, seconds), requests).throughput
         for factor in FACTORS:
-            offer = Offer(url, "grpc", factor * capacity, seconds)
+            offer = Offer(url, factor * capacity, seconds)
             found = run_offer(offer, requests).describe()
             single = Load(url, "grpc", 1, False, seconds)
             alone = run_load(single, plain)

@@ -129,8 +129,8 @@ class FamilyBuilder:
         (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
         fused = self.options.loop == "fused"
         target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
-        scored = latents if self.options.loop == "whole" else None
-        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, scored)
+        whole = self.options.loop == "whole"
+        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, whole)
 
     @property
     def judged(self) -> TensorSpec:

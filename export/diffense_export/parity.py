@@ -62,7 +62,7 @@ class Exported:
         shared: whether it gives the target's outputs too.
         denoiser: one guided step, or None.
         scorer: the fused graph, or None.
-        whole: the graph that gives the score beside the target's outputs, or None.
+        whole: whether the latents' graph gives the score as well.
     """
 
     target: Path
@@ -70,7 +70,7 @@ class Exported:
     shared: bool
     denoiser: Path | None
     scorer: Path | None
-    whole: Path | None
+    whole: bool
 
 
 def draw_smooth_noise(count: int, size: tuple[int, int], channels: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -152,7 +152,7 @@ def _score(
     guard: Guard, exported: Exported, logits: NDArray[np.float32], served: dict[str, NDArray[Any]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]:
     """Score as the served models will."""
-    if exported.whole is not None:
+    if exported.whole:
         scores = served[names.RAW_SCORE].reshape(-1)
         return scores, *guard.scorer.judge(scores)
     latents = served[names.LATENTS]
