@@ -18,6 +18,7 @@ SERVING: Final = RESULTS / "serving.json"
 OVERLOAD: Final = RESULTS / "overload.json"
 STREAM: Final = RESULTS / "stream.json"
 MEMORY: Final = RESULTS / "memory.json"
+REPEATS: Final = RESULTS / "repeats.json"
 CASCADE: Final = RESULTS / "cascade.json"
 FLOOR: Final = RESULTS / "floor.json"
 PEERS_COST: Final = RESULTS / "peers_cost.json"
@@ -29,13 +30,15 @@ SERVING_KEYS: Final = (
 FLOOR_KEYS: Final = ("target", "batch", "machine")
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
 STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
+REPEATS_KEYS: Final = ("target", "placement", "loop", "repeated", "machine")
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
 Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
-    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS, "placement": SERVING_KEYS,
+    "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS,
+    "repeated": REPEATS_KEYS, "placement": SERVING_KEYS,
     "flops": FLOOR_KEYS, "forward_ms": COST_KEYS,
 }  # fmt: skip
 

@@ -64,6 +64,7 @@ class TritonServer:
         extra: more options for the server.
         server: which server, see :func:`find_server`.
         grace_s: seconds that running requests get at the end before the server is killed.
+        cache_mib: MiB of memory for the responses of models that let the server keep them; 0 for no cache.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class TritonServer:
         extra: Sequence[str] = (),
         server: str = "auto",
         grace_s: int = 15,
+        cache_mib: int = 0,
     ) -> None:
         self.repository = repository
         self.host = host
         self.model_control = model_control
         self.extra = tuple(extra)
         self.grace_s = grace_s
+        self.cache_mib = cache_mib
         self.log = log
         self.files: ServerFiles | None = None
         self._temporary_log: Path | None = None
@@ -199,6 +202,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
             "--log-format=ISO8601",
             *(() if _has_gpu() else ("--allow-gpu-metrics=false",)),
+            *((f"--cache-config=local,size={self.cache_mib << 20}",) if self.cache_mib else ()),
             *self.extra,
         ]
         sink = self._open_log()

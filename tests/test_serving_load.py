@@ -1,13 +1,15 @@
 """The overload and the memory benchmark on the demo's network, briefly, on a real server; and their arithmetic."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks.serving import memory, overload
+from benchmarks.serving import memory, overload, repeats
 from benchmarks.serving.offered import Outcome
 from diffense.errors import BenchError
+from diffense_client._core import Request
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,3 +68,28 @@ def test_a_request_without_an_answer_is_an_error():
 def test_unknown_names_are_told():
     with pytest.raises(SystemExit, match="separate:gateway, shared:gateway"):
         overload.main(["--fronts", "separate:guarded"])
+
+
+@pytest.mark.server
+def test_repeated_images_cost_less_with_the_cache_and_new_ones_are_never_seen_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(repeats, "REPEATS", tmp_path / "repeats.json")
+    monkeypatch.setattr(repeats, "SHARES", (0.0, 1.0))
+    repeats.main(["--targets", "demo", "--placements", "shared", "--requests", "40", "--rounds", "1"])
+    rows = json.loads((tmp_path / "repeats.json").read_text())
+    assert [(row["repeated"], row["loop"]) for row in rows] == [(0.0, "whole"), (1.0, "whole")]
+    for row in rows:
+        for way in ("guarded", "cached"):
+            assert row[f"{way}_ratio"] == pytest.approx(row[f"{way}_ms"] / row["unguarded_ms"])
+    assert capsys.readouterr().out.count("| demo | shared whole |") == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_asked_share_of_images_comes_again(share):
+    request = Request("id", "m", "image", "FP32", np.full((1, 3, 4, 4), 0.5, np.float32), 1, 0, ())
+    sent = list(itertools.islice(repeats.repeat(request, share, turn=1), 400))
+    again = [one is request for one in sent]
+    assert np.mean(again) == pytest.approx(share, abs=0.06)
+    sent += itertools.islice(repeats.repeat(request, share, turn=2), 400)
+    new = [one.tensor.tobytes() for one in sent if one is not request]
+    assert len(set(new)) == len(new) and request.tensor.tobytes() not in new
+    assert (request.tensor == 0.5).all()

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.plots import CLEAN, TRIGGERED, make_panels, write_figure
-from benchmarks.records import FLOOR, MEMORY, OVERLOAD, PEERS_COST, SERVING, STREAM, Row, read_rows
-from benchmarks.serving import floor, memory, overload, peers_cost, streaming
+from benchmarks.records import FLOOR, MEMORY, OVERLOAD, PEERS_COST, REPEATS, SERVING, STREAM, Row, read_rows
+from benchmarks.serving import floor, memory, overload, peers_cost, repeats, streaming
 from benchmarks.settings import RESULTS
 from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
@@ -90,6 +90,12 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.streaming`: one request under way, the project's own client for both.",
         "",
         *streaming.render_table(read_rows(STREAM)),
+        "",
+        "## Images seen before",
+        "",
+        "Written by `python -m benchmarks.serving.repeats`: single images, one under way, a server with a response cache.",
+        "",
+        *repeats.render_table(read_rows(REPEATS)),
         "",
         "## Overload",
         "",

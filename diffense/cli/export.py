@@ -75,6 +75,9 @@ def command(
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait for gateway and stream; more are refused. 0: no limit.")
     ] = 0,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Let the server keep the latents of inputs it has seen (`diffense serve --cache`).")
+    ] = False,
     accelerator: Annotated[
         Accelerator, typer.Option(help="How Triton's onnxruntime backend runs the graphs where it has a GPU.")
     ] = Accelerator.NONE,
@@ -111,6 +114,7 @@ def command(
             instances=instances,
             threads=threads,
             queue=queue,
+            cache=cache,
             accelerator=accelerator.value,
             clean=images.pixels if images else None,
             dry_run=dry_run,

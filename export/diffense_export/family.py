@@ -42,6 +42,7 @@ class FamilyOptions:
     instances: int
     threads: int
     queue: int
+    cache: bool
     accelerator: Accelerator
 
 
@@ -117,7 +118,10 @@ class FamilyBuilder:
         else:
             save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
         outputs = [*(self.outputs if self.shared else ()), self.judged]
-        self._write(self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image))
+        config = self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image)
+        if self.options.cache:
+            self.writer.keep_responses(config)
+        self._write(config)
         callee = self._build_callee() if self.wiring.callee else None
         self._build_guard()
         if self.options.gateway:
