@@ -128,7 +128,7 @@ class Reference:
 
     Attributes:
         strange: (n_s, L B) log strangeness; with a network only the rows of the validation fold.
-        mismatch: (n, K) log mismatch of all originals, which no network has a part in.
+        mismatch: (n, M) log mismatch of all originals, which no network has a part in.
         doubt: (n, 1) of all originals.
     """
 

@@ -23,6 +23,7 @@ from diffense.scoring import (
     Formula,
     lay_bands,
     list_evidence,
+    list_parts,
     measure,
 )
 from diffense.surprise import Surprise
@@ -122,13 +123,13 @@ def name_evidence(formula: Formula, used: NDArray[np.bool_], networked: bool) ->
     """The columns of `measure`; without a network there are no levels."""
     _, names = lay_bands(used, formula.width)
     levels = formula.ladder.shape[1] if networked else 1
-    return list_evidence(names, levels, len(used) // formula.width)
+    return list_evidence(names, levels, list_parts(used, formula.width))
 
 
 def pack_scorer(scorer: Scorer) -> bytes:
     """The scorer's arrays as a safetensors file, the same bytes for the same scorer."""
     guidance, formula = scorer.formula.guidance, scorer.formula
-    allowance = formula.allowance or Allowance(*np.zeros((2, 2, formula.means.shape[1])))
+    allowance = formula.allowance or Allowance(*np.zeros((2, 2, formula.chosen_parts.shape[1])))
     arrays: dict[str, NDArray[Any]] = {
         "projection": guidance.projection,
         "centre": guidance.centre,
@@ -162,17 +163,20 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     """
     wide = {k: v.astype(np.float64) for k, v in arrays.items() if v.dtype == np.float32}
     size, classes = manifest.latent_dim, manifest.classes
+    used = arrays["used"].astype(bool)
     sampling = manifest.sampling
     if size != manifest.tap_width * len(manifest.taps):
         raise ValueError(f"{len(manifest.taps)} taps of width {manifest.tap_width} do not make {size} latents")
+    if used.shape != (size,):
+        raise ValueError(f"used has shape {used.shape}, not {(size,)}")
+    parts = len(list_parts(used, manifest.tap_width))
     shapes = {
         "slope": (manifest.denoiser.guide, size),
         "bias": (size,),
-        "allowance_mean": (2, len(manifest.taps)),
-        "allowance_spread": (2, len(manifest.taps)),
+        "allowance_mean": (2, parts),
+        "allowance_spread": (2, parts),
         "means": (classes, size),
         "seen": (classes,),
-        "used": (size,),
         "transform": (size, size),
         "noise": (manifest.denoiser.rows, size),
     }
@@ -193,7 +197,6 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
         wide["means"],
         arrays["seen"].astype(bool),
     )
-    used = arrays["used"].astype(bool)
     formula = Formula(
         guidance,
         wide["transform"],

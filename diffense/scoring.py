@@ -16,6 +16,8 @@ from diffense.guidance import FAR, Guidance, guide_by
 from diffense.sampling import Denoise, sample
 
 BAND_EDGES: Final = (0, 4, 8, 16, 32, 64)  # fine where the error varies least: the signal sits in a few directions
+LEADING: Final = 16  # directions of a tap by themselves in the mismatch; a warp shows in few, a pattern in the many others
+WHOLE, LEAD, REST = -1, 0, 1  # parts of a tap in the mismatch
 TINY: Final = 1e-9  # keeps the logarithm of a distance finite
 
 
@@ -26,7 +28,7 @@ class Evidence:
     Attributes:
         kind: ``strangeness`` (distance of innovation and sample) or ``mismatch`` (own over nearest other label).
         tap: index of the tap.
-        band: index of the band, -1 for a whole tap.
+        band: index of the band; in the mismatch -1 for the whole tap, 0 for its leading directions, 1 for the rest.
         level: index of the noise level, -1 where no noise is involved.
     """
 
@@ -38,11 +40,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Allowance:
-    """The log mismatch that clean inputs of a doubt show: mean ``a + b doubt`` and spread ``exp(c + e doubt)``, per tap.
+    """The log mismatch that clean inputs of a doubt show: mean ``a + b doubt`` and spread ``exp(c + e doubt)``.
 
     Attributes:
-        mean: (2, K) a and b.
-        spread: (2, K) c and e.
+        mean: (2, M) a and b of the M columns of `measure_mismatch`.
+        spread: (2, M) c and e.
     """
 
     mean: NDArray[np.float64]
@@ -57,9 +59,9 @@ class Formula:
         guidance: guided mean and class means.
         transform: (W, W) of the chain.
         bands: (W, B) averaging matrix of the bands.
-        noise: (M, W) noise bank.
+        noise: (L R, W) noise bank.
         ladder: (steps + 1, L, K) sigmas.
-        draws: R, M = L R.
+        draws: R.
         width: d.
         data_guidance: weight of `sampling.pull`.
         probabilities: whether the logits output is a softmax.
@@ -78,9 +80,23 @@ class Formula:
     allowance: Allowance | None = None
 
     @cached_property
+    def halves(self) -> NDArray[np.float64]:
+        """(2, K, d) one in a tap's leading directions, and one in the rest."""
+        leading = np.arange(self.width) < LEADING
+        return np.repeat(np.stack([leading, ~leading])[:, None], len(self.guidance.bias) // self.width, axis=1).astype(float)
+
+    @cached_property
     def means(self) -> NDArray[np.float64]:
-        """(C, K, d) class means, tap by tap."""
-        return self.guidance.means.reshape(len(self.guidance.means), -1, self.width)
+        """(2, C, K, d) class means, tap by tap, each with one half alone."""
+        return self.guidance.means.reshape(1, len(self.guidance.means), -1, self.width) * self.halves[:, None]
+
+    @cached_property
+    def chosen_parts(self) -> NDArray[np.float64]:
+        """(3 K, M) picks what `list_parts` names from leading, rest and whole of all taps; recorded graphs have no slices."""
+        taps = self.halves.shape[1]
+        rows = {LEAD: 0, REST: 1, WHOLE: 2}
+        columns = [rows[part] * taps + tap for tap, part in list_parts(self.bands.any(axis=1), self.width)]
+        return np.eye(3 * taps)[:, columns]
 
     @cached_property
     def last_entry(self) -> NDArray[np.float64]:
@@ -91,8 +107,8 @@ class Formula:
 
     @cached_property
     def mean_lengths(self) -> NDArray[np.float64]:
-        """(K, C) squared lengths of the class means; worked out once, not at every request."""
-        return np.asarray(np.sum(self.means**2, axis=2).T)
+        """(2, K, C) squared lengths of the class means' halves; worked out once, not at every request."""
+        return np.asarray(np.sum(self.means**2, axis=3).transpose(0, 2, 1))
 
 
 def lay_bands(
@@ -120,10 +136,18 @@ def lay_bands(
     return np.stack(columns, axis=1), names
 
 
-def list_evidence(names: list[tuple[int, int]], levels: int, taps: int) -> list[Evidence]:
-    """Name the E columns that `measure` gives, in order."""
+def list_parts(used: NDArray[np.bool_], width: int) -> list[tuple[int, int]]:
+    """(tap, part) of the M columns of `measure_mismatch`; a tap of few directions counts as a whole alone."""
+    parts = []
+    for tap, directions in enumerate(used.reshape(-1, width).sum(axis=1)):
+        parts += [(tap, part) for part in ((WHOLE, LEAD, REST) if directions > LEADING else (WHOLE,))]
+    return parts
+
+
+def list_evidence(names: list[tuple[int, int]], levels: int, parts: list[tuple[int, int]]) -> list[Evidence]:
+    """Name the E columns that `measure` gives, in order: `lay_bands` names the bands, `list_parts` the parts."""
     strange = [Evidence("strangeness", tap, band, level) for level in range(levels) for tap, band in names]
-    return strange + [Evidence("mismatch", tap, -1, -1) for tap in range(taps)]
+    return strange + [Evidence("mismatch", tap, part, -1) for tap, part in parts]
 
 
 def measure(formula: Formula, logits: Any, latents: Any, label: Any, denoise: Denoise | None, xp: Any) -> Any:
@@ -176,33 +200,39 @@ def measure_strangeness(formula: Formula, residual: Any, guide: Any, denoise: De
 
 
 def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any:
-    """Squared distance to the predicted class's mean over that to the nearest other class's, per tap: (N, W) -> (N, K)."""
-    classes, taps, _ = formula.means.shape
-    z = xp.reshape(latents, (-1, taps, formula.width))
-    length = xp.reshape(xp.sum(z * z, axis=2), (-1, taps, 1))
-    cross = xp.einsum("nkd,ckd->nkc", z, formula.means)
-    distance = length - 2.0 * cross + formula.mean_lengths  # (N, K, C)
-    hot = xp.reshape(label, (-1, 1, classes))
-    own = xp.sum(distance * hot, axis=2)
-    other = xp.amin(distance + FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0)), axis=2)
-    return xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
+    """Squared distance to the predicted class's mean over that to the nearest other class's: (N, W) -> (N, M).
+
+    Of each tap as a whole, of its leading directions and of the rest (docs/decisions/0015).
+    """
+    halves, classes, taps, width = formula.means.shape
+    z = xp.reshape(latents, (-1, taps, width))
+    length = xp.reshape(xp.einsum("nkd,hkd->nhk", z * z, formula.halves), (-1, halves, taps, 1))
+    cross = xp.einsum("nkd,hckd->nhkc", z, formula.means)
+    distance = length - 2.0 * cross + formula.mean_lengths  # (N, 2, K, C)
+    whole = xp.reshape(xp.sum(distance, axis=1), (-1, 1, taps, classes))
+    distance = xp.concatenate([distance, whole], axis=1)
+    hot = xp.reshape(label, (-1, 1, 1, classes))
+    own = xp.sum(distance * hot, axis=3)
+    other = xp.amin(distance + FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0)), axis=3)
+    ratio = xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
+    return xp.reshape(ratio, (-1, (halves + 1) * taps)) @ formula.chosen_parts
 
 
 def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64]) -> Allowance:
-    """Fit mean and spread of the log mismatch as lines in the doubt: (n, K) and (n, 1) of clean images."""
+    """Fit mean and spread of the log mismatch as lines in the doubt: (n, M) and (n, 1) of clean images."""
     mean = _fit_lines(log_mismatch, doubt)
     rest = np.abs(log_mismatch - (mean[0] + doubt * mean[1]))
     return Allowance(mean, _fit_lines(np.log(rest + 1e-3), doubt))
 
 
 def _fit_lines(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(2, K) intercepts and slopes; the slope is held back by ten observations' weight, which only small samples feel."""
+    """(2, M) intercepts and slopes; the slope is held back by ten observations' weight, which only small samples feel."""
     centred = x - x.mean()
     slope = (centred * y).sum(axis=0) / ((centred**2).sum() + 10.0)
     return np.stack([y.mean(axis=0) - slope * x.mean(), slope])
 
 
 def allow(allowance: Allowance, log_mismatch: Any, doubt: Any, xp: Any) -> Any:
-    """(N, K) log mismatch and (N, 1) doubt -> (N, K) deviation from clean inputs of equal doubt, in their spread."""
+    """(N, M) log mismatch and (N, 1) doubt -> (N, M) deviation from clean inputs of equal doubt, in their spread."""
     deviation = log_mismatch - (doubt * allowance.mean[1:] + allowance.mean[:1])
     return deviation * xp.exp((doubt * allowance.spread[1:] + allowance.spread[:1]) * -1.0)

@@ -1,6 +1,7 @@
 """Taps: inner tensors of a classifier from which the guard reads, found and chosen from the graph and one run of it."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ MOST_TAPS: Final = 10
 USUAL_TAPS: Final = 8
 ENOUGH_CUTS: Final = 6  # with fewer, block ends that do not cut the graph are taken as well
 FEWEST_TAPS: Final = 2  # one tap has no shallower one to be explained from
+LAST_THIRD: Final = 2 / 3  # of the depth; there a triggered input goes over from its own class to the attacker's
 STEM: Final = 0.02  # of the depth: stage ends this close (convolution, then pooling) count as one
 KINDS: Final[dict[str, Kind]] = {"NCHW": "map", "NHWC": "map_nhwc", "NTC": "tokens", "TNC": "tokens", "NC": "vector"}
 FLOATS: Final = frozenset({"float16", "float32", "float64"})
@@ -112,7 +114,8 @@ def choose_taps(candidates: Sequence[Tap]) -> list[Tap]:
     """Eight taps (up to ten where there are more stages), or all where there are no more than eight; shallow to deep.
 
     The penultimate representation and the ends of the stages (the last tensor of each resolution) come first; then the
-    widest gaps in depth are filled.
+    widest gaps in depth are filled. In the last third of the depth taps stand at least as close as eight evenly spread ones
+    would, as far as there are candidates and no more than ten taps (docs/decisions/0015).
 
     Raises:
         TargetError: fewer than two candidates.
@@ -134,7 +137,7 @@ def choose_taps(candidates: Sequence[Tap]) -> list[Tap]:
             i: min(abs(tap.depth - candidates[j].depth) for j in chosen) for i, tap in enumerate(candidates) if i not in chosen
         }
         chosen.add(max(gaps, key=lambda i: (gaps[i], i)))
-    return [candidates[i] for i in sorted(chosen)]
+    return [candidates[i] for i in sorted(_close_gaps(candidates, chosen))]
 
 
 def named_taps(measured: Measured, names: Sequence[str]) -> list[Tap]:
@@ -161,6 +164,22 @@ def named_taps(measured: Measured, names: Sequence[str]) -> list[Tap]:
             )
         taps.append(tap)
     return sorted(taps, key=lambda tap: tap.depth)
+
+
+def _close_gaps(candidates: Sequence[Tap], chosen: set[int]) -> set[int]:
+    """With the candidates that divide wide gaps of the last third evenly, the widest gap first."""
+    depth = [tap.depth for tap in candidates]
+    usual = 1.0 / (USUAL_TAPS - 1)
+    late = [pair for pair in pairwise(sorted(chosen)) if depth[pair[0]] >= LAST_THIRD]
+    closed = set(chosen)
+    for low, high in sorted(late, key=lambda pair: depth[pair[0]] - depth[pair[1]]):
+        pieces = math.ceil((depth[high] - depth[low]) / usual)
+        places = [depth[low] + (depth[high] - depth[low]) * k / pieces for k in range(1, pieces)]
+        between = range(low + 1, high)
+        for place in places if between else ():
+            if len(closed) < MOST_TAPS:
+                closed.add(min(between, key=lambda i: abs(depth[i] - place)))
+    return closed
 
 
 def _is_apart(candidates: Sequence[Tap], index: int, deeper: int) -> bool:

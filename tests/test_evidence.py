@@ -21,6 +21,7 @@ from diffense.sampling import draw_noise, in_float32, lay_ladder
 from diffense.scorer import Scorer
 from diffense.scoring import (
     BAND_EDGES,
+    WHOLE,
     Formula,
     lay_bands,
     list_evidence,
@@ -101,7 +102,7 @@ def test_bands_average_what_is_used_of_each_tap(usable: list[int]) -> None:
 
 
 def test_evidence_is_named_in_the_order_of_the_columns() -> None:
-    evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, 2)
+    evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, [(0, WHOLE), (1, WHOLE)])
     assert [(e.kind, e.level, e.tap, e.band) for e in evidence] == [
         ("strangeness", 0, 0, 0),
         ("strangeness", 0, 0, 1),
@@ -158,7 +159,7 @@ def test_surprise_of_clean_distances_that_are_all_alike_is_finite(rows: int, val
 
 @given(st.lists(st.floats(0, 20), min_size=8, max_size=8))
 def test_the_score_is_the_weighted_mean_of_what_the_largest_piece_of_each_tap_says(values: list[float]) -> None:
-    evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, 2)
+    evidence = list_evidence([(0, 0), (0, 1), (1, 0)], 2, [(0, WHOLE), (1, WHOLE)])
     clean = np.random.default_rng(0).normal(size=(300, 8))
     rule = fit_rule([clean[:, :6], clean[:200, 6:]], evidence)
     score = combine_surprises(rule, np.array([values]), np)[0]
@@ -168,7 +169,7 @@ def test_the_score_is_the_weighted_mean_of_what_the_largest_piece_of_each_tap_sa
 
 
 def test_clean_taps_are_as_surprising_as_their_rank_says() -> None:
-    evidence = list_evidence([(tap, band) for tap in range(2) for band in range(3)], 1, 2)
+    evidence = list_evidence([(tap, band) for tap in range(2) for band in range(3)], 1, [(0, WHOLE), (1, WHOLE)])
     clean, fresh = (np.random.default_rng(seed).gamma(2.0, size=(2000, 8)) for seed in (0, 1))
     rule = fit_rule([clean[:, :6], clean[:, 6:]], evidence)
     taps = find_surprise(rule.taps, find_largest(find_surprise(rule.pieces, fresh, np), rule.groups, np), np)
@@ -176,7 +177,7 @@ def test_clean_taps_are_as_surprising_as_their_rank_says() -> None:
 
 
 def test_being_less_strange_than_usual_costs_nothing() -> None:
-    rule = fit_rule([np.log(CLEAN)], list_evidence([], 0, 3))
+    rule = fit_rule([np.log(CLEAN)], list_evidence([], 0, [(0, WHOLE), (1, WHOLE), (2, WHOLE)]))
     usual = rule.pieces.knots[:, 5].copy()
     low = np.array([rule.pieces.knots[0, 0], *usual[1:]])
     near, nearer, typical = (combine(rule, x[None], np)[0] for x in (low, low - [50, 0, 0], usual))

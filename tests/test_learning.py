@@ -10,7 +10,7 @@ from diffense.crossfit import GAIN, LatentSet, cross_fit, learn_network, measure
 from diffense.denoiser import CONSTANTS, denoise, init_weights
 from diffense.learning import CHECK_EVERY, Innovations, Learned, train_denoiser
 from diffense.sampling import draw_noise, lay_ladder
-from diffense.scoring import Formula, lay_bands, list_evidence
+from diffense.scoring import Formula, lay_bands, list_evidence, list_parts
 from latent_sets import draw_rows, make_set
 
 TAPS, WIDTH, CLASSES = 2, 4, 4
@@ -166,7 +166,7 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
     noise, ladder = np.zeros((2, 24)), lay_ladder(np.full((1, 3), 0.3), 1)
     formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, 8, 0.0, False)
     reference = measure_reference(clean, crossed, formula, None)
-    assert reference.strange.shape[1] + reference.mismatch.shape[1] == len(list_evidence(names, 1, 3))
+    assert reference.strange.shape[1] + reference.mismatch.shape[1] == len(list_evidence(names, 1, list_parts(clean.used, 8)))
     assert len(reference.strange) == len(reference.mismatch) == rows
     assert reference.doubt.shape == (rows, 1) and (reference.doubt >= 0).all()
     own = clean.guide(whole[0], np.ones(rows, bool))[1] @ whole[1].transform

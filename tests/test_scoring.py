@@ -9,12 +9,17 @@ from hypothesis.extra.numpy import arrays
 from diffense.guidance import Guidance, one_hot
 from diffense.rule import combine_surprises, fit_rule
 from diffense.scoring import (
+    LEAD,
+    LEADING,
+    REST,
+    WHOLE,
     Allowance,
     Formula,
     allow,
     fit_allowance,
     lay_bands,
     list_evidence,
+    list_parts,
     measure,
     measure_mismatch,
 )
@@ -26,13 +31,14 @@ EVERY_ENTRY = np.ones(SIZE, bool)
 RNG = np.random.default_rng(0)
 
 
-def make_formula(seen=(True,) * CLASSES, used=EVERY_ENTRY):
-    means = RNG.normal(size=(CLASSES, SIZE)) * used
-    slope = np.concatenate([means, np.zeros((1, SIZE))])
+def make_formula(seen=(True,) * CLASSES, used=EVERY_ENTRY, width=WIDTH):
+    size = len(used)
+    means = RNG.normal(size=(CLASSES, size)) * used
+    slope = np.concatenate([means, np.zeros((1, size))])
     nothing, doubt = np.zeros((CLASSES, 0)), Surprise(np.array([[-20.0, 0.0]]), np.array([[0.1, 0.5]]))
-    guidance = Guidance("label", nothing, np.zeros(CLASSES), doubt, slope, np.zeros(SIZE), means, np.array(seen))
-    bands, ladder = lay_bands(used, WIDTH)[0], np.ones((2, 1, TAPS))
-    return Formula(guidance, np.eye(SIZE), bands, np.zeros((4, SIZE)), ladder, 4, WIDTH, 0.0, False)
+    guidance = Guidance("label", nothing, np.zeros(CLASSES), doubt, slope, np.zeros(size), means, np.array(seen))
+    bands, ladder = lay_bands(used, width)[0], np.ones((2, 1, TAPS))
+    return Formula(guidance, np.eye(size), bands, np.zeros((4, size)), ladder, 4, width, 0.0, False)
 
 
 def test_mismatch_is_own_over_nearest_other_distance():
@@ -45,6 +51,24 @@ def test_mismatch_is_own_over_nearest_other_distance():
             distance = ((z[i, part] - formula.guidance.means[:, part]) ** 2).sum(axis=1)
             others = [d for c, d in enumerate(distance) if c not in (label, 2)]
             assert got[i, tap] == pytest.approx(distance[label] / min(others))
+
+
+@pytest.mark.parametrize("directions", [(24, LEADING, 24), (LEADING + 5, 20, 3)])
+def test_a_tap_of_many_directions_is_also_judged_by_the_leading_ones_and_by_the_rest(directions):
+    width = 24
+    used = np.concatenate([np.arange(width) < count for count in directions])
+    formula = make_formula(used=used, width=width)
+    z, labels = RNG.normal(size=(15, len(used))) * used, RNG.integers(0, CLASSES, 15)
+    parts = list_parts(used, width)
+    assert parts == [(tap, p) for tap, n in enumerate(directions) for p in ((WHOLE, LEAD, REST) if n > LEADING else (WHOLE,))]
+    got = measure_mismatch(formula, z, np.eye(CLASSES)[labels], np)
+    assert got.shape == (15, len(parts))
+    spans = {WHOLE: slice(0, width), LEAD: slice(0, LEADING), REST: slice(LEADING, width)}
+    for column, (tap, part) in enumerate(parts):
+        own = np.arange(tap * width, (tap + 1) * width)[spans[part]]
+        for i, label in enumerate(labels):
+            distance = ((z[i, own] - formula.guidance.means[:, own]) ** 2).sum(axis=1)
+            assert got[i, column] == pytest.approx(distance[label] / np.delete(distance, label).min())
 
 
 def test_strangeness_without_a_network_is_the_mean_square_of_each_band():
@@ -60,7 +84,7 @@ def test_strangeness_without_a_network_is_the_mean_square_of_each_band():
         low, high = (0, 4) if band == 0 else (4, 6 if tap == 1 else 8)
         want = (residual[:, tap * WIDTH + low : tap * WIDTH + high] ** 2).mean(axis=1)
         assert distances[:, column] == pytest.approx(want, rel=1e-6)
-    assert distances.shape[1] == len(list_evidence(names, 1, TAPS))
+    assert distances.shape[1] == len(list_evidence(names, 1, list_parts(used, WIDTH)))
 
 
 def test_surprise_is_minus_log_p_on_clean_images():
@@ -88,7 +112,7 @@ def test_a_constant_distance_gives_a_finite_surprise():
 @given(arrays(float, (4, 6), elements=st.floats(0, 20)), st.integers(0, 5), st.floats(0.1, 5))
 def test_more_surprise_never_lowers_the_score(surprises, column, more):
     clean = np.random.default_rng(0).normal(size=(300, 6))
-    rule = fit_rule([clean[:, :4], clean[:, 4:]], list_evidence([(0, band) for band in range(4)], 1, 2))
+    rule = fit_rule([clean[:, :4], clean[:, 4:]], list_evidence([(0, band) for band in range(4)], 1, [(0, WHOLE), (1, WHOLE)]))
     assert rule.weights.sum() == pytest.approx(1)
     raised = surprises.copy()
     raised[:, column] += more

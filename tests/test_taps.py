@@ -96,7 +96,7 @@ def test_stage_ends_of_a_deep_residual_net_are_taken(tmp_path: Path) -> None:
     target = target_of(models.preact_resnet(blocks=12), tmp_path)
     taps = target.choose_taps()
     assert len(target.list_taps()) > 30
-    assert len(taps) == 8
+    assert len(taps) == 9  # its last stage alone is a third of the depth
     listed = target.list_taps()
     ends = {tap.name for tap, after in pairwise(listed) if tap.positions != after.positions}
     assert len(ends) == 3
@@ -252,3 +252,28 @@ def test_choice_is_ordered_bounded_and_ends_with_the_last(depths: list[float], s
     assert [tap for tap in candidates if tap in chosen] == chosen
     assert chosen[-1] == candidates[-1]
     assert choose_taps(candidates) == chosen
+
+
+def lay_out(*stages: tuple[int, list[float]]) -> list[Tap]:
+    """A candidate a depth: (side of the maps, depths) of each stage."""
+    return [Tap(f"t{depth}", "map", (8, side, side), depth) for side, depths in stages for depth in depths]
+
+
+def test_a_wide_gap_in_the_last_third_is_divided_evenly() -> None:
+    # An EfficientNet: the ends of its stages leave the blocks of the last two without a tap.
+    late = [0.72, 0.79, 0.85, 0.91, 0.95, 0.97]
+    candidates = lay_out(
+        (96, [0.02]), (48, [0.05, 0.1]), (24, [0.15, 0.21]), (12, [0.25, 0.33]), (6, [0.4, 0.51, 0.69]), (3, [*late, 0.98]),
+        (1, [0.99]),
+    )  # fmt: skip
+    assert [tap.depth for tap in choose_taps(candidates)] == [0.02, 0.1, 0.21, 0.33, 0.51, 0.69, 0.79, 0.91, 0.98, 0.99]
+
+
+def test_an_early_gap_of_the_same_width_stays_and_so_does_one_without_candidates() -> None:
+    early = lay_out(
+        (96, [0.02]), (48, [0.1]), (24, [0.2, 0.3, 0.4, 0.5]), (12, [0.7]), (6, [0.8]), (3, [0.9]), (1, [0.95, 0.99])
+    )
+    depths = [tap.depth for tap in choose_taps(early)]
+    assert len(depths) == 8
+    bare = lay_out((96, [0.02]), (48, [0.1]), (24, [0.2, 0.25, 0.3, 0.35]), (12, [0.45]), (6, [0.5]), (3, [0.7]), (1, [0.99]))
+    assert [tap.depth for tap in choose_taps(bare)][-2:] == [0.7, 0.99] and len(choose_taps(bare)) == 8

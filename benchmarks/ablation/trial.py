@@ -20,11 +20,12 @@ from diffense.rule import combine, fit_rule, group_evidence
 from diffense.sampling import Denoise, draw_noise, in_float32, lay_ladder, sample
 from diffense.scoring import (
     TINY,
-    Evidence,
     Formula,
     allow,
     fit_allowance,
     lay_bands,
+    list_evidence,
+    list_parts,
     measure_mismatch,
 )
 from diffense.surprise import Surprise, find_surprise
@@ -220,8 +221,7 @@ class Trial:
         reference = np.concatenate(mismatch)
         self.allowance = fit_allowance(reference, np.concatenate(doubt))
         blocks = self.choose_kinds([np.concatenate(strange), self.excuse(reference, np.concatenate(doubt))])
-        evidence = [Evidence("strangeness", tap, band, level) for level in range(len(self.sigmas)) for tap, band in self.names]
-        evidence += [Evidence("mismatch", tap, -1, -1) for tap in range(reference.shape[1])]
+        evidence = list_evidence(self.names, len(self.sigmas), list_parts(self.used, self.width))
         evidence = [e for e in evidence if e.kind in self.variant.kinds]
         self.rule = replace(fit_rule(blocks, evidence), weights=group_evidence(evidence, self.variant.deep)[1])
         self.moments = [(np.mean(block, axis=0), np.std(block, axis=0)) for block in blocks]
@@ -240,7 +240,7 @@ class Trial:
         return np.asarray(allow(self.allowance, mismatch, doubt, np)) if self.variant.allowance else mismatch
 
     def measure_mismatch(self, part: Part, seen: Seen) -> Matrix:
-        """(N, K) log mismatch."""
+        """(N, M) log mismatch."""
         return np.asarray(np.log(measure_mismatch(self.make_formula(part), seen.latents, one_hot(seen.logits), np) + TINY))
 
     def make_formula(self, part: Part) -> Formula:

@@ -8,7 +8,7 @@ from benchmarks.peers.base import Matrix
 from benchmarks.peers.latent import Family
 from diffense.chain import fit_chain
 from diffense.guidance import fit_guidance, one_hot, split_mean
-from diffense.scoring import Evidence, Formula, lay_bands, list_evidence, measure
+from diffense.scoring import Evidence, Formula, lay_bands, list_evidence, list_parts, measure
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Distances:
 
 class DistanceFamily(Family[Distances]):
     """``kind`` is "strangeness": mean squared distance to the predicted class's mean per tap and band of whitened
-    within-class directions; or "mismatch": that distance over the one to the nearest other class, per tap.
+    within-class directions; or "mismatch": that distance over the one to the nearest other class, of a tap
+    and of its parts.
     """
 
     def __init__(self, kind: str) -> None:
@@ -51,12 +52,12 @@ class DistanceFamily(Family[Distances]):
         return Distances(formula, names)
 
     def measure(self, state: Distances, latents: Matrix, logits: Matrix) -> Matrix:
-        """(N, B) of the bands or (N, K) of the taps."""
+        """(N, B) of the bands or (N, M) of the taps' parts."""
         found = np.asarray(measure(state.formula, logits, latents, one_hot(logits), None, np))
         bands = len(state.names)
         return found[:, :bands] if self.kind == "strangeness" else found[:, bands:]
 
     def name_evidence(self, state: Distances) -> list[Evidence]:
         """The columns of `measure`."""
-        taps = state.formula.ladder.shape[2]
-        return [evidence for evidence in list_evidence(state.names, 1, taps) if evidence.kind == self.kind]
+        parts = list_parts(state.formula.bands.any(axis=1), state.formula.width)
+        return [evidence for evidence in list_evidence(state.names, 1, parts) if evidence.kind == self.kind]

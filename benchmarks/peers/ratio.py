@@ -1,4 +1,4 @@
-"""Squared distance to the predicted class's mean over that to the nearest other class's, per tap."""
+"""Squared distance to the predicted class's mean over that to the nearest other class's, per tap and part."""
 
 from benchmarks.peers.distances import DistanceFamily
 from benchmarks.peers.latent import LatentPeer

@@ -29,9 +29,7 @@ def command(
     model_control: Annotated[ModelControl, typer.Option(help="explicit: load models on request.")] = ModelControl.none,
     grace: Annotated[int, typer.Option(min=1, help="Seconds that running requests get at the end.")] = 15,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until the first inference must work.")] = 120.0,
-    cache: Annotated[
-        int, typer.Option(min=0, help="MiB for the responses of models exported with --cache; 0 for none.")
-    ] = 0,
+    cache: Annotated[int, typer.Option(min=0, help="MiB for the responses of models exported with --cache; 0 for none.")] = 0,
     server: Annotated[str, typer.Option(help="auto (tritonserver on PATH, else the wheel's), wheel, or a program.")] = "auto",
 ) -> None:
     """Start Triton on REPOSITORY, check it with a real inference, and run until Ctrl-C or SIGTERM."""
