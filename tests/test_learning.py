@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from diffense.crossfit import GAIN, LatentSet, cross_fit, learn_network, measure_reference
 from diffense.denoiser import CONSTANTS, denoise, init_weights
+from diffense.errors import OptionError
 from diffense.learning import CHECK_EVERY, Innovations, Learned, train_denoiser
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scoring import Formula, lay_bands, list_evidence, list_parts
@@ -46,6 +47,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def learned() -> Learned:
     return train(0.8)
+
+
+@pytest.mark.parametrize("steps", [0, 10, CHECK_EVERY - 1])
+def test_a_training_too_short_for_any_check_is_refused(steps: int) -> None:
+    with pytest.raises(OptionError, match=f"training_steps is {steps}; .* {CHECK_EVERY}"):
+        train(0.8, steps=steps)
 
 
 def restore(weights: Any, rows: Innovations, sigma: float, seed: int = 9) -> tuple[float, float]:

@@ -119,7 +119,7 @@ def test_whole_numbers_bytes_and_one_number_an_image_keep_their_types(engine, tm
     for name, model in models.items():
         target = onnx_models.save(model, tmp_path / f"{name}.onnx")
         network = "on" if name == "fixed" else "off"
-        settings = FitSettings(alpha=0.1, network=network, training_steps=40)
+        settings = FitSettings(alpha=0.1, network=network, training_steps=50)
         guard = fit_guard(Target.open(target), images, tmp_path / name, settings=settings)
         export_guard(guard, target, tmp_path / "r", name, placement="shared", clean=images[:40])
         manifest = build_plans(tmp_path / "r", name, engine, precision="fp16", production=True)

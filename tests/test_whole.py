@@ -23,7 +23,7 @@ def run(guard, images):
 @pytest.mark.parametrize("opset", [17, 20])
 def test_the_graph_gives_outputs_latents_and_score(small_target, clean_images, tmp_path, network, opset):
     target = small_target if opset == 17 else raise_opset(small_target, tmp_path / "target.onnx", opset)
-    settings = FitSettings(alpha=0.05, training_steps=40, network=network)
+    settings = FitSettings(alpha=0.05, training_steps=50, network=network)
     guard = fit_guard(Target.open(target), clean_images[:400], tmp_path / "guard", settings=settings)
     pixels = draw_shapes(40, seed=5)[0]
     logits, latents, scores = run(guard, guard.preprocessing.apply(pixels))
