@@ -211,25 +211,28 @@ def main(arguments: Sequence[str]) -> None:
     if device is None:
         sys.exit(NEEDED)
     try:
-        report = check(device, choose(options.targets, NETWORKS), options.seconds)
+        for report in check(device, choose(options.targets, NETWORKS), options.seconds):
+            JSON.write_text(json.dumps(report, indent=1) + "\n")
+            PAGE.write_text(render_page(report))
     except DiffenseError as error:
         sys.exit(f"gpu-check: {error}")
-    JSON.write_text(json.dumps(report, indent=1) + "\n")
-    PAGE.write_text(render_page(report))
-    print(render_page(report))
+    print(PAGE.read_text())
 
 
-def check(device: Device, targets: Sequence[str], seconds: float) -> dict[str, Any]:
-    """The whole report."""
-    return {
+def check(device: Device, targets: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """The report, with the rows of one target more each time: what is measured survives a machine that is taken away."""
+    report: dict[str, Any] = {
         "gpu": device.name,
         "compute_capability": device.capability,
         "machine": describe_machine(),
         "commit": find_commit(),
         "onnxruntime": onnxruntime.__version__,
         "tests": run_tests(),
-        "rows": [row for name in targets for row in measure_target(name, seconds, print)],
+        "rows": [],
     }
+    for name in targets:
+        report["rows"] += measure_target(name, seconds, print)
+        yield report
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The report of a GPU machine, as far as it goes without one: the same measuring on onnxruntime's CPU provider."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,8 @@ from ahead_of_time import AheadOfTime, load
 from benchmarks import gpu_check
 from benchmarks.gpu_check import BATCHES, Graphs, measure_runs, open_onnxruntime, open_plans, render_page
 from diffense import names
-from diffense_export.engine import find_device
+from diffense.errors import OptionError
+from diffense_export.engine import Device, find_device
 
 CPU = "CPUExecutionProvider"
 
@@ -52,3 +55,28 @@ def test_plans_of_the_three_graphs_are_built_for_the_measured_batches(graphs, mo
 def test_without_a_gpu_one_line_says_what_is_needed():
     with pytest.raises(SystemExit, match="needs a machine with an NVIDIA GPU"):
         gpu_check.main([])
+
+
+def test_what_is_measured_is_written_before_the_next_target_begins(tmp_path, monkeypatch):
+    figures = {"p50_ms": 1.0, "p99_ms": 2.0, "throughput": 3.0}
+    row = {"target": "demo", "way": "w", "batch": 1, "unguarded": figures, "guarded": figures} | dict.fromkeys(
+        ("p50_ratio", "throughput_ratio", "latents_differ", "scores_differ"), 1.0
+    )
+
+    def measure(name, seconds, progress):
+        if name != "demo":
+            raise OptionError("the GPU is gone")
+        return [row]
+
+    for name, value in {
+        "JSON": tmp_path / "gpu.json",
+        "PAGE": tmp_path / "gpu.md",
+        "find_device": lambda: Device("G", "8.6"),
+        "run_tests": lambda: "2 passed",
+        "measure_target": measure,
+    }.items():
+        monkeypatch.setattr(gpu_check, name, value)
+    with pytest.raises(SystemExit, match="gpu-check: the GPU is gone"):
+        gpu_check.main(["--targets", "demo,resnet18_32"])
+    assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == [row]
+    assert "| demo | w | 1 |" in (tmp_path / "gpu.md").read_text()
