@@ -1,7 +1,6 @@
 """`diffense bench`: its arithmetic, its load on a real server, and what it says when it cannot measure."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,6 +20,7 @@ from diffense.bench.perf_analyzer import find_perf_analyzer, read_figures, run_p
 from diffense.bench.statistics import Statistics, combine, summarise
 from diffense.errors import BadInputError, BenchError, OptionError, ServerError
 from diffense.serve import Endpoints, TritonServer
+from perf_analyzer_on_demand import fetch
 
 Run = Callable[..., tuple[int, str, str]]
 FIGURES = """Concurrency,Inferences/Second,Client Send,p50 latency,p90 latency,p95 latency,p99 latency,Avg latency
@@ -169,10 +169,9 @@ def test_a_failure_says_so_in_one_line_and_keeps_what_was_measured(endpoints: En
 
 
 @pytest.mark.server
-@pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="no perf_analyzer on PATH")
 @pytest.mark.parametrize("shared", [False, True])
 def test_perf_analyzer_sends_our_images_and_its_failure_is_told(endpoints: Endpoints, shared: bool) -> None:
-    program = find_perf_analyzer(None)
+    program = find_perf_analyzer(fetch())
     assert program is not None
     served = read_models(endpoints.grpc, "grpc", MODEL, PLAIN)
     requests = pack_requests(served, make_pixels(4), 2)
@@ -183,3 +182,13 @@ def test_perf_analyzer_sends_our_images_and_its_failure_is_told(endpoints: Endpo
     assert all(value > 0 for name, value in asdict(found).items() if name != "rejected")
     with pytest.raises(BenchError, match="nothing"):
         run_perf_analyzer(program, load, [replace(request, model="nothing") for request in requests])
+
+
+@pytest.mark.server
+def test_the_command_drives_perf_analyzer(endpoints: Endpoints, tmp_path: Path, run_cli: Run) -> None:
+    out = tmp_path / "bench.json"
+    asked = ("--perf-analyzer", fetch(), "--seconds", "1", "--rounds", "1", "--batch", "1", "--out", out)
+    code, _, said = run_cli("--url", endpoints.grpc, "--model", MODEL, *asked)
+    assert code == 0, said
+    (row,) = json.loads(out.read_text())
+    assert row["tool"] == "perf_analyzer" and row["p50_ratio"] > 0 and row["throughput_ratio"] > 0
