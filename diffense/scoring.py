@@ -52,6 +52,21 @@ class Allowance:
 
 
 @dataclass(frozen=True)
+class Half:
+    """Some directions of every tap, d_h of them; worked out once, not at every request.
+
+    Attributes:
+        cut: (d, d_h) picks them.
+        means: (K, d_h, C) class means, laid out for one product a tap.
+        lengths: (K, C) squared lengths of these.
+    """
+
+    cut: NDArray[np.float64]
+    means: NDArray[np.float64]
+    lengths: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Formula:
     """Everything the score is computed from, besides the denoiser.
 
@@ -80,23 +95,20 @@ class Formula:
     allowance: Allowance | None = None
 
     @cached_property
-    def halves(self) -> NDArray[np.float64]:
-        """(2, K, d) one in a tap's leading directions, and one in the rest."""
-        leading = np.arange(self.width) < LEADING
-        return np.repeat(np.stack([leading, ~leading])[:, None], len(self.guidance.bias) // self.width, axis=1).astype(float)
-
-    @cached_property
-    def means(self) -> NDArray[np.float64]:
-        """(2, C, K, d) class means, tap by tap, each with one half alone."""
-        return self.guidance.means.reshape(1, len(self.guidance.means), -1, self.width) * self.halves[:, None]
+    def halves(self) -> list[Half]:
+        """A tap's leading directions and the rest, which a narrow tap lacks."""
+        means = self.guidance.means.reshape(len(self.guidance.means), -1, self.width).transpose(1, 2, 0)
+        cuts = np.split(np.eye(self.width), [LEADING], axis=1) if self.width > LEADING else [np.eye(self.width)]
+        own = [np.ascontiguousarray(cut.T @ means) for cut in cuts]
+        return [Half(cut, part, np.sum(part**2, axis=1)) for cut, part in zip(cuts, own, strict=True)]
 
     @cached_property
     def chosen_parts(self) -> NDArray[np.float64]:
-        """(3 K, M) picks what `list_parts` names from leading, rest and whole of all taps; recorded graphs have no slices."""
-        taps = self.halves.shape[1]
-        rows = {LEAD: 0, REST: 1, WHOLE: 2}
-        columns = [rows[part] * taps + tap for tap, part in list_parts(self.bands.any(axis=1), self.width)]
-        return np.eye(3 * taps)[:, columns]
+        """(P K, M) picks what `list_parts` names from the P parts of all K taps; recorded graphs have no slices."""
+        taps = len(self.guidance.bias) // self.width
+        order = [LEAD, REST, WHOLE] if len(self.halves) > 1 else [WHOLE]
+        columns = [order.index(part) * taps + tap for tap, part in list_parts(self.bands.any(axis=1), self.width)]
+        return np.eye(len(order) * taps)[:, columns]
 
     @cached_property
     def last_entry(self) -> NDArray[np.float64]:
@@ -104,11 +116,6 @@ class Formula:
         column = np.zeros((len(self.guidance.slope), 1))
         column[-1] = 1.0
         return column
-
-    @cached_property
-    def mean_lengths(self) -> NDArray[np.float64]:
-        """(2, K, C) squared lengths of the class means' halves; worked out once, not at every request."""
-        return np.asarray(np.sum(self.means**2, axis=3).transpose(0, 2, 1))
 
 
 def lay_bands(
@@ -204,18 +211,25 @@ def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any
 
     Of each tap as a whole, of its leading directions and of the rest (docs/decisions/0015).
     """
-    halves, classes, taps, width = formula.means.shape
-    z = xp.reshape(latents, (-1, taps, width))
-    length = xp.reshape(xp.einsum("nkd,hkd->nhk", z * z, formula.halves), (-1, halves, taps, 1))
-    cross = xp.einsum("nkd,hckd->nhkc", z, formula.means)
-    distance = length - 2.0 * cross + formula.mean_lengths  # (N, 2, K, C)
-    whole = xp.reshape(xp.sum(distance, axis=1), (-1, 1, taps, classes))
-    distance = xp.concatenate([distance, whole], axis=1)
-    hot = xp.reshape(label, (-1, 1, 1, classes))
-    own = xp.sum(distance * hot, axis=3)
-    other = xp.amin(distance + FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0)), axis=3)
-    ratio = xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
-    return xp.reshape(ratio, (-1, (halves + 1) * taps)) @ formula.chosen_parts
+    z = xp.reshape(latents, (-1, len(formula.guidance.bias) // formula.width, formula.width))
+    parts = [_measure_distances(half, z @ half.cut, xp) for half in formula.halves]
+    if len(parts) > 1:
+        parts.append(parts[0] + parts[1])
+    hot = xp.reshape(label, (-1, 1, len(formula.guidance.means)))
+    rivals = FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0))
+    ratios = []
+    for distance in parts:
+        own, other = xp.sum(distance * hot, axis=2), xp.amin(distance + rivals, axis=2)
+        ratios.append(xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY))
+    return xp.concatenate(ratios, axis=1) @ formula.chosen_parts
+
+
+def _measure_distances(half: Half, z: Any, xp: Any) -> Any:
+    """Squared distances to all class means: (N, K, d_h) -> (N, K, C)."""
+    taps, directions, classes = half.means.shape
+    length = xp.reshape(xp.sum(z * z, axis=2), (-1, taps, 1))
+    cross = xp.reshape(xp.reshape(z, (-1, taps, 1, directions)) @ half.means, (-1, taps, classes))
+    return length - 2.0 * cross + half.lengths
 
 
 def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64]) -> Allowance:
