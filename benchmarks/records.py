@@ -30,7 +30,7 @@ SERVING_KEYS: Final = (
 FLOOR_KEYS: Final = ("target", "batch", "machine")
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
 STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
-REPEATS_KEYS: Final = ("target", "placement", "loop", "repeated", "machine")
+REPEATS_KEYS: Final = ("target", "repeated", "machine")
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 

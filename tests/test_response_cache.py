@@ -1,4 +1,4 @@
-"""The server's response cache on the latents of a guarded model, on the real server."""
+"""The server's response cache on the shared graph of a guarded model, on the real server."""
 
 import time
 
@@ -7,14 +7,14 @@ import pytest
 
 import shapes
 from diffense import names
+from diffense.errors import ExportError
 from diffense.serve import TritonServer
 from diffense_export.repository import export_guard
 from triton_calls import MAX_BATCH, ask, read_total
 
 pytestmark = pytest.mark.server
 
-FAMILIES = {"separate": "bls", "shared": "bls", "whole": "whole"}
-CACHED = {"separate": names.FEATURES_SUFFIX, "shared": names.TAPPED_SUFFIX, "whole": names.TAPPED_SUFFIX}
+FAMILIES = {"shared": "bls", "whole": "whole"}
 HITS = "nv_cache_num_hits_per_model_total"  # the parser ends counters this way
 
 
@@ -22,9 +22,8 @@ HITS = "nv_cache_num_hits_per_model_total"  # the parser ends counters this way
 def repository(guard, small_target, clean_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached") / "repository"
     for family, loop in FAMILIES.items():
-        placement = "separate" if family == "separate" else "shared"
         export_guard(
-            guard, small_target, folder, family, placement=placement, loop=loop, cache=True, max_batch_size=MAX_BATCH,
+            guard, small_target, folder, family, placement="shared", loop=loop, cache=True, max_batch_size=MAX_BATCH,
             threads=1, clean=clean_images[:64],
         )  # fmt: skip
     return folder
@@ -39,7 +38,7 @@ def server(repository):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_input_seen_before_gets_the_same_answer_without_its_graph_and_is_counted_all_the_same(server, guard, family):
     image = guard.preprocessing.apply(shapes.draw_shapes(3, seed=5)[0])
-    model = family + CACHED[family]
+    model = family + names.TAPPED_SUFFIX
     scored = read_total(server, "diffense_scored_total", model=family)
     hits = read_total(server, HITS, model=model)
     answers = [ask(server, "grpc", f"{family}_guarded", image) for _ in range(3)]
@@ -57,12 +56,12 @@ def test_an_input_seen_before_gets_the_same_answer_without_its_graph_and_is_coun
 def test_another_image_is_another_input(server, guard, family):
     image = guard.preprocessing.apply(shapes.draw_shapes(2, seed=6)[0])
     ask(server, "grpc", f"{family}_guarded", image[:1])
-    hits = read_total(server, HITS, model=family + CACHED[family])
+    hits = read_total(server, HITS, model=family + names.TAPPED_SUFFIX)
     changed = image[:1].copy()
     changed.flat[0] = np.nextafter(changed.flat[0], np.float32(2))
     for other in (image[1:], changed, image[:1].repeat(2, axis=0)):
         ask(server, "grpc", f"{family}_guarded", other)
-    assert read_total(server, HITS, model=family + CACHED[family]) == hits
+    assert read_total(server, HITS, model=family + names.TAPPED_SUFFIX) == hits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,5 +73,11 @@ def test_the_rest_is_never_answered_from_the_cache(server, family):
 def test_a_server_without_a_cache_answers_as_well(repository, guard):
     image = guard.preprocessing.apply(shapes.draw_shapes(1, seed=7)[0])
     with TritonServer(repository) as plain:
-        answer = ask(plain, "http", "separate_guarded", image)
+        answer = ask(plain, "http", "shared_guarded", image)
     assert answer.as_numpy(names.SCORE) == pytest.approx(guard.score(shapes.draw_shapes(1, seed=7)[0]).scores[0], abs=1e-4)
+
+
+def test_latents_by_themselves_are_never_cached(guard, small_target, tmp_path):
+    with pytest.raises(ExportError, match="needs the shared placement"):
+        export_guard(guard, small_target, tmp_path / "r", "m", cache=True)
+    assert not (tmp_path / "r" / "m_guarded").exists()

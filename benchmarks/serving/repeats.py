@@ -3,7 +3,8 @@
 usage: python -m benchmarks.serving.repeats [--targets resnet18_32,resnet50_224] [--requests 200] [--rounds 3]
 
 Writes benchmarks/results/repeats.json and prints it as a table. Two guarded models that differ by `diffense export --cache`
-alone, and the unguarded one, in turns on one server that has a cache; one request of one image under way, gRPC.
+alone (``--placement shared --loop whole``), and the unguarded one, in turns on one server that has a cache; one request of
+one image under way, gRPC.
 """
 
 import argparse
@@ -12,12 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Final
 
 import numpy as np
 
 from benchmarks.records import REPEATS, Row, read_rows, write_row
-from benchmarks.serving.exports import IMAGES, PLACEMENTS, choose, prepare_guard
+from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import pack_requests, read_models
@@ -32,9 +33,8 @@ from diffense_export.repository import export_guard
 SHARES: Final = (0.0, 0.5, 1.0)
 CACHE_MIB: Final = 64
 WARM_UP: Final = 10
-LOOPS: Final = {"separate": "bls", "shared": "whole"}
 HEAD: Final = (
-    "target", "placement", "seen before", "unguarded, ms", "guarded", "ratio", "guarded, with a cache", "ratio",
+    "target", "seen before", "unguarded, ms", "guarded", "ratio", "guarded, with a cache", "ratio",
 )  # fmt: skip
 
 
@@ -42,30 +42,25 @@ def main(arguments: Sequence[str]) -> None:
     """Read the options, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default="resnet18_32,resnet50_224")
-    parser.add_argument("--placements", default=",".join(PLACEMENTS))
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     try:
         for target in choose(options.targets, NETWORKS):
-            for placement in choose(options.placements, PLACEMENTS):
-                measure(target, placement, options.requests, options.rounds)
+            measure(target, options.requests, options.rounds)
         print("\n".join(render_table(read_rows(REPEATS))))
     except DiffenseError as error:
         sys.exit(f"repeats: {error}")
 
 
-def measure(target: str, placement: str, requests: int, rounds: int) -> None:
+def measure(target: str, requests: int, rounds: int) -> None:
     """Start a server on both exports; a row a share is written as soon as it is there."""
     images = draw_images(target, IMAGES)
     path, guard = prepare_guard(target, images)
-    repository = path.parent / f"repeats-{placement}"
+    repository = path.parent / "repeats"
     models = {"guarded": f"{target}_plain", "cached": f"{target}_cached"}
-    loop = cast("Any", LOOPS[placement])
     for way, model in models.items():
-        export_guard(
-            guard, path, repository, model, placement=cast("Any", placement), loop=loop, gateway=False, cache=way == "cached"
-        )
+        export_guard(guard, path, repository, model, placement="shared", loop="whole", gateway=False, cache=way == "cached")
     with TritonServer(repository, cache_mib=CACHE_MIB) as server:
         url = server.endpoints.grpc
         asked: dict[str, Request] = {}
@@ -81,8 +76,6 @@ def measure(target: str, placement: str, requests: int, rounds: int) -> None:
             cached, guarded, unguarded = np.asarray(times).T
             row = {
                 "target": target,
-                "placement": placement,
-                "loop": loop,
                 "repeated": share,
                 "unguarded_ms": float(np.median(unguarded)),
                 "guarded_ms": float(np.median(guarded)),
@@ -95,7 +88,7 @@ def measure(target: str, placement: str, requests: int, rounds: int) -> None:
                 "commit": find_commit(),
             }
             write_row(row, REPEATS)
-            print(f"{target} {placement}, {share:.0%} seen before: x{row['cached_ratio']:.3f}", file=sys.stderr, flush=True)
+            print(f"{target}, {share:.0%} seen before: x{row['cached_ratio']:.3f}", file=sys.stderr, flush=True)
 
 
 def repeat(request: Request, share: float, turn: int) -> Iterator[Request]:
@@ -136,7 +129,7 @@ def render_table(rows: Sequence[Row]) -> list[str]:
     """Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
     for row in rows:
-        cells = [row["target"], f"{row['placement']} {row['loop']}", f"{row['repeated']:.0%}", f"{row['unguarded_ms']:.4g}"]
+        cells = [row["target"], f"{row['repeated']:.0%}", f"{row['unguarded_ms']:.4g}"]
         for way in ("guarded", "cached"):
             cells += [f"{row[f'{way}_ms']:.4g}", f"{row[f'{way}_ratio']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")

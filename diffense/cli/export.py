@@ -76,7 +76,8 @@ def command(
         int, typer.Option(min=0, help="Most requests that wait for gateway and stream; more are refused. 0: no limit.")
     ] = 0,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Let the server keep the latents of inputs it has seen (`diffense serve --cache`).")
+        bool,
+        typer.Option("--cache", help="Let the server keep what the shared graph gave for an image (serve --cache)."),
     ] = False,
     accelerator: Annotated[
         Accelerator, typer.Option(help="How Triton's onnxruntime backend runs the graphs where it has a GPU.")

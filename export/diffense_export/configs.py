@@ -165,7 +165,8 @@ class ConfigWriter:
     def keep_responses(config: Any) -> None:
         """Have the server answer an input that it has seen from its response cache, where it was started with one.
 
-        For graphs alone: they give the same for the same, while what a guard says may be that something failed just now.
+        For a graph that gives production outputs and latents together, alone: what a guard says may be that something failed
+        just now, and latents by themselves could be another image's (docs/decisions/0016).
         """
         config.response_cache.enable = True
 

@@ -61,6 +61,11 @@ class FamilyBuilder:
     def __init__(self, guard: Guard, target: Path, stage: Path, model: str, options: FamilyOptions, limit: int | None) -> None:
         self.guard, self.target, self.stage, self.model, self.options = guard, target, stage, model, options
         self.shared = options.placement == "shared"
+        if options.cache and not self.shared:
+            raise ExportError(
+                "a response cache needs the shared placement: Triton tells inputs apart by 64 bits that are easy to meet, and "
+                "with separate graphs an image made to meet a clean one's would get that one's verdict on outputs of its own"
+            )
         self.max_batch_size = self._choose_batch(limit)
         self.writer = ConfigWriter(
             model, self.max_batch_size, options.instances, options.threads, options.queue, options.accelerator
