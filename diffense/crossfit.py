@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.chain import Chain, assign_folds, fit_chain
+from diffense.errors import OptionError
 from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
 from diffense.manifest import NetworkReport
 from diffense.sampling import Denoise, in_float32
@@ -92,14 +93,21 @@ def learn_network(
 
     Returns:
         The weights, or None when it stays off, and the reason.
+
+    Raises:
+        OptionError: so few steps that no check would ever take place.
     """
     if mode == "off":
         return None, NetworkReport(used=False, reason="switched off")
     if mode == "auto" and clean.originals < FEWEST_ROWS:
         reason = f"{clean.originals} images to fit on, a network needs {FEWEST_ROWS}"
         return None, NetworkReport(used=False, reason=reason)
-    from diffense.learning import Innovations, train_denoiser  # torch, only where something is trained
+    from diffense.learning import CHECK_EVERY, Innovations, train_denoiser  # torch, only where something is trained
 
+    if steps < CHECK_EVERY:
+        raise OptionError(
+            f"training_steps is {steps}; the network is first checked after {CHECK_EVERY}, give at least that many"
+        )
     size = clean.latents.shape[1]
     innovation = np.zeros((len(clean.source), size))
     for fold, (fold_guidance, chain) in enumerate(crossed.parts):

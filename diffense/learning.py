@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from diffense.denoiser import CONSTANTS, HIDDEN, denoise, init_weights
-from diffense.errors import OptionError
 from diffense.sampling import draw_noise
 
 BATCH: Final = 64
@@ -69,14 +68,7 @@ def train_denoiser(
         seed: of weights, batches and noise.
         report: called with (step, steps) now and then.
         units: width of the network.
-
-    Raises:
-        OptionError: so few steps that no check would ever take place.
     """
-    if steps < CHECK_EVERY:
-        raise OptionError(
-            f"training_steps is {steps}; the network is first checked after {CHECK_EVERY}, give at least that many"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taps = len(used) // width
     start = init_weights(taps, width, rows.guide.shape[1], np.random.default_rng(seed), units)

@@ -1,6 +1,6 @@
 """The ablation: its default is the guard, each variant changes one part."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -23,16 +23,19 @@ def cell(bench):
     return make_cell("mnist", "badnets", "small_cnn")
 
 
+WIDTH = 24  # more directions than the mismatch takes as leading
+
+
 def make_latents(generator: np.random.Generator) -> CellLatents:
-    """Two taps of 8 entries, three classes, no target behind them."""
+    """Two taps of 24 entries, three classes, no target behind them."""
 
     def draw(rows: int, shift: float) -> Seen:
         labels = generator.integers(0, 3, rows)
         logits = 4.0 * np.eye(3)[labels] + generator.standard_normal((rows, 3))
-        centre = np.eye(3)[logits.argmax(1)] @ np.random.default_rng(1).standard_normal((3, 16))
-        return Seen(logits, centre + generator.standard_normal((rows, 16)) * 0.5 + shift)
+        centre = np.eye(3)[logits.argmax(1)] @ np.random.default_rng(1).standard_normal((3, 2 * WIDTH))
+        return Seen(logits, centre + generator.standard_normal((rows, 2 * WIDTH)) * 0.5 + shift)
 
-    return CellLatents(draw(300, 0.0), generator.integers(0, 5, 300), 300, draw(100, 0.0), draw(80, 0.0), draw(20, 1.5), 8)
+    return CellLatents(draw(300, 0.0), generator.integers(0, 5, 300), 300, draw(100, 0.0), draw(80, 0.0), draw(20, 1.5), WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,14 @@ def test_every_variant_changes_a_part_and_catches_what_is_far_off(variant, fits)
     assert figures["auroc"] > 0.9
     changed = [f.name for f in fields(Variant) if getattr(variant, f.name) != getattr(DEFAULT, f.name)]
     assert variant is DEFAULT or set(changed) - {"name", "group"}
+
+
+def test_the_mismatch_of_whole_taps_is_the_first_of_each_taps_three_parts(fits):
+    whole = next(variant for variant in VARIANTS if not variant.parts)
+    every, alone = (Trial(fits, replace(variant, network=False)) for variant in (DEFAULT, whole))
+    found = every.measure_mismatch(every.whole, fits.cell.evaluation)
+    assert found.shape[1] == 6
+    assert np.array_equal(alone.measure_mismatch(alone.whole, fits.cell.evaluation), found[:, [0, 3]])
 
 
 def test_variant_names_are_their_own():

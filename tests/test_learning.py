@@ -49,12 +49,6 @@ def learned() -> Learned:
     return train(0.8)
 
 
-@pytest.mark.parametrize("steps", [0, 10, CHECK_EVERY - 1])
-def test_a_training_too_short_for_any_check_is_refused(steps: int) -> None:
-    with pytest.raises(OptionError, match=f"training_steps is {steps}; .* {CHECK_EVERY}"):
-        train(0.8, steps=steps)
-
-
 def restore(weights: Any, rows: Innovations, sigma: float, seed: int = 9) -> tuple[float, float]:
     """Squared error of the denoiser and of the Gaussian, per entry; seed 1 is the validation's noise."""
     noise = draw_noise(1, 4, SIZE, seed)
@@ -132,6 +126,13 @@ def test_the_network_stays_off_where_a_gaussian_says_it_all() -> None:
     assert report.loss > GAIN * report.gaussian_loss and "no gain" in report.reason
     (weights, report), _ = learn(clean, "on", steps=50)
     assert weights is not None and report.used and "asked for" in report.reason
+
+
+@pytest.mark.parametrize("steps", [0, 10, CHECK_EVERY - 1])
+def test_a_training_too_short_for_any_check_is_refused(steps: int) -> None:
+    clean = make_set(*draw_rows(450, CLASSES, TAPS, WIDTH, seed=0), WIDTH)
+    with pytest.raises(OptionError, match=f"training_steps is {steps}; .* {CHECK_EVERY}"):
+        learn(clean, "auto", steps=steps)
 
 
 def test_the_network_goes_on_where_it_gains() -> None:

@@ -20,6 +20,7 @@ from diffense.rule import combine, fit_rule, group_evidence
 from diffense.sampling import Denoise, draw_noise, in_float32, lay_ladder, sample
 from diffense.scoring import (
     TINY,
+    WHOLE,
     Formula,
     allow,
     fit_allowance,
@@ -197,6 +198,7 @@ class Trial:
         self.width, self.used = fits.cell.width, clean.latents.any(axis=0)
         self.sigmas = spread_sigmas(variant.sigmas, len(self.used) // self.width)
         self.bands, self.names = lay_bands(self.used, self.width, variant.edges)
+        self.parts = [p for p in list_parts(self.used, self.width) if variant.parts or p[1] == WHOLE]
         self.learned: Learned | None = None
         self.denoise: Denoise | None = None
         if variant.network:
@@ -221,7 +223,7 @@ class Trial:
         reference = np.concatenate(mismatch)
         self.allowance = fit_allowance(reference, np.concatenate(doubt))
         blocks = self.choose_kinds([np.concatenate(strange), self.excuse(reference, np.concatenate(doubt))])
-        evidence = list_evidence(self.names, len(self.sigmas), list_parts(self.used, self.width))
+        evidence = list_evidence(self.names, len(self.sigmas), self.parts)
         evidence = [e for e in evidence if e.kind in self.variant.kinds]
         self.rule = replace(fit_rule(blocks, evidence), weights=group_evidence(evidence, self.variant.deep)[1])
         self.moments = [(np.mean(block, axis=0), np.std(block, axis=0)) for block in blocks]
@@ -241,7 +243,9 @@ class Trial:
 
     def measure_mismatch(self, part: Part, seen: Seen) -> Matrix:
         """(N, M) log mismatch."""
-        return np.asarray(np.log(measure_mismatch(self.make_formula(part), seen.latents, one_hot(seen.logits), np) + TINY))
+        found = measure_mismatch(self.make_formula(part), seen.latents, one_hot(seen.logits), np)
+        columns = [p in self.parts for p in list_parts(self.used, self.width)]
+        return np.asarray(np.log(found[:, columns] + TINY))
 
     def make_formula(self, part: Part) -> Formula:
         """The guard's formula, as far as the mismatch reads it."""

@@ -29,6 +29,7 @@ class Variant:
         distance: to the mean of the samples, to the nearest, or the mean of the distances.
         edges: of the bands.
         kinds: of evidence that count.
+        parts: whether the mismatch is also measured of a tap's leading directions and of the rest.
         allowance: whether mismatch is judged among clean inputs of equal doubt.
         deep: weight of the deeper half of the taps.
         rule: how surprises become one score: tap by tap, or all pieces at once.
@@ -51,6 +52,7 @@ class Variant:
     distance: Literal["mean", "nearest", "each"] = "mean"
     edges: tuple[int, ...] = BAND_EDGES
     kinds: tuple[str, ...] = ("strangeness", "mismatch")
+    parts: bool = True
     allowance: bool = True
     deep: float = DEEP
     rule: Literal["taps", "squares", "pieces", "max", "z"] = "taps"
@@ -65,6 +67,7 @@ VARIANTS: Final = (
     replace(DEFAULT, name="strangeness alone", group="evidence", kinds=("strangeness",)),
     replace(CLOSED, name="strangeness alone, network off", group="evidence", kinds=("strangeness",)),
     replace(DEFAULT, name="mismatch alone", group="evidence", kinds=("mismatch",), network=False),
+    replace(DEFAULT, name="mismatch of whole taps alone", group="evidence", parts=False),
     replace(DEFAULT, name="no allowance for doubt in the mismatch", group="evidence", allowance=False),
     replace(DEFAULT, name="label alone guides, no doubt", group="guidance", doubt=False),
     replace(CLOSED, name="label alone guides, no doubt, network off", group="guidance", doubt=False),
