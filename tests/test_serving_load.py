@@ -89,7 +89,8 @@ def test_the_asked_share_of_images_comes_again(share):
     sent = list(itertools.islice(repeats.repeat(request, share, turn=1), 400))
     again = [one is request for one in sent]
     assert np.mean(again) == pytest.approx(share, abs=0.06)
-    sent += itertools.islice(repeats.repeat(request, share, turn=2), 400)
+    for turn, other in ((2, share), (1, 0.5)):
+        sent += itertools.islice(repeats.repeat(request, other, turn=turn), 400)
     new = [one.tensor.tobytes() for one in sent if one is not request]
     assert len(set(new)) == len(new) and request.tensor.tobytes() not in new
     assert (request.tensor == 0.5).all()

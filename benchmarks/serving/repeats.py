@@ -93,13 +93,13 @@ def measure(target: str, requests: int, rounds: int) -> None:
 
 def repeat(request: Request, share: float, turn: int) -> Iterator[Request]:
     """The request again and again, in `share` of all cases with the same image, else with one that never was."""
-    random = np.random.default_rng(turn)
-    for count in range(1 << 30):
+    random = np.random.default_rng((turn, round(share * 100)))  # no image of another turn or share
+    while True:
         if random.random() < share:
             yield request
         else:
             tensor = request.tensor.copy()
-            tensor.reshape(-1)[0] = (turn << 16) + count + 1
+            tensor.reshape(-1)[:2] = random.random(2)
             yield replace(request, tensor=tensor)
 
 
