@@ -20,7 +20,7 @@ from diffense.preparation import prepare_clean
 from diffense.tapping import open_pooling, project_taps
 from diffense.target import Target
 
-FORM: Final = 1  # raise it when whitening, taps or the split change
+FORM: Final = 2  # raise it when whitening, taps or the split change
 ARRAYS: Final = "latents.safetensors"
 MOST: Final = 3000  # clean and triggered evaluation images each that are kept
 

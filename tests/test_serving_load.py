@@ -71,7 +71,7 @@ def test_unknown_names_are_told():
 
 
 @pytest.mark.server
-def test_repeated_images_cost_less_with_the_cache_and_new_ones_are_never_seen_before(tmp_path, monkeypatch, capsys):
+def test_repeats_are_measured_on_both_exports_beside_the_unguarded_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(repeats, "REPEATS", tmp_path / "repeats.json")
     monkeypatch.setattr(repeats, "SHARES", (0.0, 1.0))
     repeats.main(["--targets", "demo", "--requests", "40", "--rounds", "1"])
