@@ -195,7 +195,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "## Peers: AUROC",
         "",
         "Same targets, images and calibration split. `latent_all` joins every rival without a network on the guard's taps, "
-        "bands and rule; `latent_all_doubt` has the guard's judgement among equal doubt as well. `msp` flags low confidence.",
+        "bands and rule; `latent_all_doubt` excuses doubt as the guard does. `msp` flags low confidence.",
         "",
         *render_peers(poisoned, "auroc"),
         "",

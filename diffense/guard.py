@@ -34,7 +34,7 @@ class Verdicts(NamedTuple):
 class Finding(NamedTuple):
     """One piece of evidence about one image; surprise = -log p on clean images; band as in `scoring.Evidence`.
 
-    The distance is as measured; a mismatch is told relative to clean images of equal doubt, 1 being usual.
+    The distance is as measured; a mismatch is told less what doubt excuses of it, 1 being usual where there is none.
     """
 
     kind: str

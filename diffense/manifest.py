@@ -10,7 +10,7 @@ from diffense.errors import SchemaError, TamperedError
 from diffense.images import Preprocessing
 from diffense.names import ARRAYS_FILE, DENOISER_FILE, MANIFEST_FILE, TAPPED_FILE
 
-SCHEMA: Final = 5
+SCHEMA: Final = 6
 MOST_BATCH: Final = 65_536
 MOST_MANIFEST_BYTES: Final = 64 * 2**20  # a manifest of ten thousand classes is below 1 MB
 

@@ -129,7 +129,7 @@ def name_evidence(formula: Formula, used: NDArray[np.bool_], networked: bool) ->
 def pack_scorer(scorer: Scorer) -> bytes:
     """The scorer's arrays as a safetensors file, the same bytes for the same scorer."""
     guidance, formula = scorer.formula.guidance, scorer.formula
-    allowance = formula.allowance or Allowance(*np.zeros((2, 2, formula.chosen_parts.shape[1])))
+    allowance = formula.allowance or Allowance(np.zeros((3, formula.chosen_parts.shape[1])))
     arrays: dict[str, NDArray[Any]] = {
         "projection": guidance.projection,
         "centre": guidance.centre,
@@ -137,8 +137,7 @@ def pack_scorer(scorer: Scorer) -> bytes:
         "bias": guidance.bias,
         "doubt_knots": guidance.doubt.knots,
         "doubt_slopes": guidance.doubt.slopes,
-        "allowance_mean": allowance.mean,
-        "allowance_spread": allowance.spread,
+        "allowance": allowance.lines,
         "means": guidance.means,
         "seen": guidance.seen.astype(np.uint8),
         "transform": formula.transform,
@@ -173,8 +172,7 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
     shapes = {
         "slope": (manifest.denoiser.guide, size),
         "bias": (size,),
-        "allowance_mean": (2, parts),
-        "allowance_spread": (2, parts),
+        "allowance": (3, parts),
         "means": (classes, size),
         "seen": (classes,),
         "transform": (size, size),
@@ -207,7 +205,7 @@ def unpack_scorer(arrays: dict[str, NDArray[Any]], manifest: Manifest) -> Scorer
         manifest.tap_width,
         sampling.data_guidance,
         manifest.probabilities,
-        Allowance(wide["allowance_mean"], wide["allowance_spread"]),
+        Allowance(wide["allowance"]),
     )
     evidence = name_evidence(formula, used, manifest.network.used)
     groups, weights = group_evidence(evidence)

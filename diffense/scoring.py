@@ -18,6 +18,8 @@ from diffense.sampling import Denoise, sample
 BAND_EDGES: Final = (0, 4, 8, 16, 32, 64)  # fine where the error varies least: the signal sits in a few directions
 LEADING: Final = 16  # directions of a tap by themselves in the mismatch; a warp shows in few, a pattern in the many others
 WHOLE, LEAD, REST = -1, 0, 1  # parts of a tap in the mismatch
+EXCUSED: Final = 2 / 3  # of the mismatch that doubt explains: triggered inputs may leave a target in doubt as well
+UNSURE: Final = 1.5  # doubt (that of a fifth of the clean inputs is greater) beyond which another line holds
 TINY: Final = 1e-9  # keeps the logarithm of a distance finite
 
 
@@ -40,15 +42,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Allowance:
-    """The log mismatch that clean inputs of a doubt show: mean ``a + b doubt`` and spread ``exp(c + e doubt)``.
+    """What doubt excuses of the log mismatch: ``a + b doubt + c max(doubt - UNSURE, 0)`` (docs/decisions/0017).
 
     Attributes:
-        mean: (2, M) a and b of the M columns of `measure_mismatch`.
-        spread: (2, M) c and e.
+        lines: (3, M) a, b and c of the M columns of `measure_mismatch`.
     """
 
-    mean: NDArray[np.float64]
-    spread: NDArray[np.float64]
+    lines: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def measure(formula: Formula, logits: Any, latents: Any, label: Any, denoise: De
         xp: array namespace.
 
     Returns:
-        (N, E) log distances; those of the mismatch in units of what clean inputs of equal doubt show.
+        (N, E) log distances; those of the mismatch less what doubt excuses.
     """
     guide = guide_by(formula.guidance, logits, label, formula.probabilities, xp)
     residual = latents - (guide @ formula.guidance.slope + formula.guidance.bias)
@@ -233,20 +233,21 @@ def _measure_distances(half: Half, z: Any, xp: Any) -> Any:
 
 
 def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64]) -> Allowance:
-    """Fit mean and spread of the log mismatch as lines in the doubt: (n, M) and (n, 1) of clean images."""
-    mean = _fit_lines(log_mismatch, doubt)
-    rest = np.abs(log_mismatch - (mean[0] + doubt * mean[1]))
-    return Allowance(mean, _fit_lines(np.log(rest + 1e-3), doubt))
+    """Fit the usual log mismatch as two joined lines in the doubt, of which a share is excused: (n, M), (n, 1) of clean images.
 
-
-def _fit_lines(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(2, M) intercepts and slopes; the slope is held back by ten observations' weight, which only small samples feel."""
-    centred = x - x.mean()
-    slope = (centred * y).sum(axis=0) / ((centred**2).sum() + 10.0)
-    return np.stack([y.mean(axis=0) - slope * x.mean(), slope])
+    The slopes are held back by ten observations' weight, which only small samples feel.
+    """
+    terms = np.concatenate([doubt, _exceed(doubt, np)], axis=1)
+    centred = terms - terms.mean(axis=0)
+    slopes = np.linalg.solve(centred.T @ centred + 10.0 * np.eye(2), centred.T @ log_mismatch)
+    return Allowance(np.concatenate([[log_mismatch.mean(axis=0) - terms.mean(axis=0) @ slopes], EXCUSED * slopes]))
 
 
 def allow(allowance: Allowance, log_mismatch: Any, doubt: Any, xp: Any) -> Any:
-    """(N, M) log mismatch and (N, 1) doubt -> (N, M) deviation from clean inputs of equal doubt, in their spread."""
-    deviation = log_mismatch - (doubt * allowance.mean[1:] + allowance.mean[:1])
-    return deviation * xp.exp((doubt * allowance.spread[1:] + allowance.spread[:1]) * -1.0)
+    """(N, M) log mismatch and (N, 1) doubt -> (N, M) what is not excused; 0 is usual of an input that the target is sure of."""
+    start, slope, bend = np.split(allowance.lines, 3)
+    return log_mismatch - (doubt * slope + _exceed(doubt, xp) * bend + start)
+
+
+def _exceed(doubt: Any, xp: Any) -> Any:
+    return xp.maximum(doubt - UNSURE, 0.0)

@@ -197,7 +197,7 @@ def spoil_nan(array):
         ("transform", spoil_nan),
         ("knots", lambda array: array[1:]),
         ("seen", lambda array: array[1:]),
-        ("allowance_mean", lambda array: array[:, 1:].copy()),
+        ("allowance", lambda array: array[:, 1:].copy()),
         ("doubt_slopes", spoil_nan),
     ],
 )

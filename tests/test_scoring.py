@@ -9,9 +9,11 @@ from hypothesis.extra.numpy import arrays
 from diffense.guidance import Guidance, one_hot
 from diffense.rule import combine_surprises, fit_rule
 from diffense.scoring import (
+    EXCUSED,
     LEAD,
     LEADING,
     REST,
+    UNSURE,
     WHOLE,
     Allowance,
     Formula,
@@ -121,19 +123,28 @@ def test_more_surprise_never_lowers_the_score(surprises, column, more):
     assert (combine_surprises(rule, raised, np) > combine_surprises(rule, surprises, np)).all()
 
 
-def test_allowance_makes_clean_mismatch_the_same_at_every_doubt():
+def test_two_thirds_of_what_doubt_explains_are_excused():
     rng = np.random.default_rng(0)
-    doubt = rng.exponential(size=(4000, 1))
-    log_mismatch = np.array([[0.5, -1.0]]) + doubt * [[0.8, 0.1]] + rng.normal(size=(4000, 2)) * np.exp(-1 + 0.3 * doubt)
+    doubt = rng.exponential(size=(40000, 1))
+    bend = np.maximum(doubt - UNSURE, 0.0)
+    log_mismatch = np.array([[0.5, -1.0]]) + doubt * [[0.8, 0.1]] - bend * [[0.6, 0.0]] + rng.normal(0, 0.3, (40000, 2))
     allowance = fit_allowance(log_mismatch, doubt)
-    np.testing.assert_allclose(allowance.mean, [[0.5, -1.0], [0.8, 0.1]], atol=0.05)
-    np.testing.assert_allclose(allowance.spread[1], 0.3, atol=0.05)
-    deviation = allow(allowance, log_mismatch, doubt, np)
-    sure, unsure = doubt[:, 0] < 0.3, doubt[:, 0] > 2.0
-    assert deviation[sure].std() == pytest.approx(deviation[unsure].std(), rel=0.15)
-    assert abs(deviation[unsure].mean()) < 0.1 * deviation.std()
+    np.testing.assert_allclose(allowance.lines, [[0.5, -1.0], [0.8 * EXCUSED, 0.1 * EXCUSED], [-0.6 * EXCUSED, 0.0]], atol=0.02)
+    left = allow(allowance, log_mismatch, doubt, np)
+    sure, unsure = doubt[:, 0] < 0.1, doubt[:, 0] > 3.0
+    assert abs(left[sure].mean(axis=0)).max() < 0.05
+    explained = log_mismatch[unsure].mean(axis=0) - [0.5, -1.0]
+    np.testing.assert_allclose(left[unsure].mean(axis=0), explained * (1 - EXCUSED), atol=0.05)
     # The same mismatch says more about an input that the target is sure of.
-    assert (allow(allowance, log_mismatch * 0 + 2.0, doubt, np)[sure].min(0) > 0).all()
+    assert (left[sure].mean(axis=0) < left[unsure].mean(axis=0)).all()
+    same = allow(allowance, log_mismatch * 0 + 2.0, doubt, np)
+    assert (same[sure].min(axis=0) > same[unsure].max(axis=0)).all()
+
+
+def test_few_images_hold_the_slopes_back():
+    doubt = np.array([[0.0], [1.0], [3.0]])
+    few, many = (fit_allowance(np.tile(doubt, (n, 1)), np.tile(doubt, (n, 1))).lines[1, 0] for n in (1, 1000))
+    assert 0 < few < 0.7 * many and many == pytest.approx(EXCUSED, rel=0.03)
 
 
 def test_a_sure_input_is_not_excused():
@@ -141,7 +152,7 @@ def test_a_sure_input_is_not_excused():
     z, logits = RNG.normal(size=(2, SIZE)), np.zeros((2, CLASSES))
     logits[0, 1], logits[1, 1] = 30.0, 0.2
     z[1] = z[0]
-    spared = replace(formula, allowance=Allowance(np.array([[0.0] * TAPS, [1.0] * TAPS]), np.zeros((2, TAPS))))
+    spared = replace(formula, allowance=Allowance(np.repeat([[0.0], [1.0], [-0.5]], TAPS, axis=1)))
     plain, got = (measure(f, logits, z, one_hot(logits), None, np)[:, -TAPS:] for f in (formula, spared))
     doubt = find_surprise(formula.guidance.doubt, np.array([[-20.0], [-0.2]]), np)
-    np.testing.assert_allclose(got, plain - doubt, atol=1e-9)
+    np.testing.assert_allclose(got, plain - doubt + np.maximum(doubt - UNSURE, 0.0) / 2, atol=1e-9)

@@ -238,7 +238,7 @@ class Trial:
         return np.asarray(find_surprise(self.fits.parts(*UNCHANGED)[0].guidance.doubt, -margin, np))
 
     def excuse(self, mismatch: Matrix, doubt: Matrix) -> Matrix:
-        """The log mismatch, among clean inputs of equal doubt where the variant wants it."""
+        """The log mismatch, less what doubt excuses where the variant wants it."""
         return np.asarray(allow(self.allowance, mismatch, doubt, np)) if self.variant.allowance else mismatch
 
     def measure_mismatch(self, part: Part, seen: Seen) -> Matrix:

@@ -30,7 +30,7 @@ class Variant:
         edges: of the bands.
         kinds: of evidence that count.
         parts: whether the mismatch is also measured of a tap's leading directions and of the rest.
-        allowance: whether mismatch is judged among clean inputs of equal doubt.
+        allowance: whether doubt excuses some of the mismatch.
         deep: weight of the deeper half of the taps.
         rule: how surprises become one score: tap by tap, or all pieces at once.
     """

@@ -52,7 +52,7 @@ class Family(ABC, Generic[State]):
 class LatentPeer:
     """Families of evidence, combined as Diffense combines its own; all kinds count alike.
 
-    With `allowing`, all but the strangeness is judged among clean images of equal doubt, as Diffense judges its mismatch.
+    With `allowing`, the target's doubt excuses some of all but the strangeness, as it does of Diffense's mismatch.
     """
 
     cheap = True
@@ -81,7 +81,7 @@ class LatentPeer:
         return np.asarray(find_surprise(self.doubt, -find_margins(logits), np))
 
     def excuse(self, evidence: Matrix, logits: Matrix) -> Matrix:
-        """(N, E) log evidence, what depends on doubt in units of what clean images of equal doubt show."""
+        """(N, E) log evidence less what doubt excuses."""
         result = evidence.copy()
         result[:, self.excused] = allow(self.allowance, evidence[:, self.excused], self.find_doubt(logits), np)
         return result

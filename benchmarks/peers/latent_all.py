@@ -14,7 +14,7 @@ def make() -> LatentPeer:
 
 
 def make_allowing() -> LatentPeer:
-    """The same, judged among clean images of equal doubt as Diffense does it: what chain and network have to beat."""
+    """The same, doubt excused as Diffense excuses it: what chain and network have to beat."""
     return LatentPeer("latent_all_doubt", "All without network, by doubt", *list_families(), allowing=True)
 
 
