@@ -106,7 +106,9 @@ def test_latents_scores_and_their_order_survive(guard, graphs):
     assert 0 < np.abs(half_latents - latents).max() < 0.1  # of unit variance
     assert np.sqrt(np.mean((half_latents - latents) ** 2)) < 0.01
     assert np.abs(half_logits - logits).max() < 0.01 * np.abs(logits).max()
-    assert np.abs(half_score - score).max() < 0.2
+    alike = half_logits.reshape(len(image), -1).argmax(1) == logits.reshape(len(image), -1).argmax(1)
+    assert alike.mean() >= 0.99, "a label changes only where two are as good as equal"
+    assert np.abs(half_score - score)[alike].max() < 0.1
     truth = np.repeat([0, 1], len(clean))
     before, after = roc_auc_score(truth, score), roc_auc_score(truth, half_score)
     assert 0.6 < before < 1.0, "a set on which nothing can get worse proves nothing"
