@@ -77,7 +77,10 @@ def fit_projection(view: Matrix, kind: Kind) -> tuple[Matrix, Matrix]:
 
 
 def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: bool, like: Guidance | None = None) -> Guidance:
-    """Fit the guided mean on clean latents.
+    """Fit the guided mean on clean latents, each weighing ``exp(-doubt)``: the share of clean images less sure than it.
+
+    What the target is not sure of lies between classes or is of another class, and a few such images move a mean
+    (docs/decisions/0018).
 
     Args:
         latents: (n, W).
@@ -88,36 +91,39 @@ def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: boo
     """
     size, classes = latents.shape[1], logits.shape[1]
     hot = one_hot(logits)
-    counts = hot.sum(axis=0)
     logs = normalise_logits(logits, probabilities, np)
     projection, centre = (like.projection, like.centre) if like else fit_projection(_view(logs, kind, np), kind)
     doubt = like.doubt if like else fit_surprise(-find_margin(logs, hot, np), MARGIN_RESOLUTION)
-    overall = latents.mean(axis=0)
-    # Class means of latents and of the rest of the guide; the rest explains what is left of both (Frisch and Waugh 1933).
-    means = average_by_label(latents, hot, overall)
     none = np.zeros((0, size))
-    bare = Guidance(kind, projection, centre, doubt, none, np.zeros(size), means, counts > 0)
+    bare = Guidance(kind, projection, centre, doubt, none, none, np.zeros((classes, size)), hot.any(axis=0))
     guide = guide_by(bare, logits, hot, probabilities, np)
+    weights = np.exp(-guide[:, -1:])
+    weighted = hot * weights
+    overall = np.sum(latents * weights, axis=0) / weights.sum()
+    # Class means of latents and of the rest of the guide; the rest explains what is left of both (Frisch and Waugh 1933).
     if kind == "label":
+        means = average_by_label(latents, weighted, overall)
         rest = guide[:, classes:]
-        usual = average_by_label(rest, hot, rest.mean(axis=0))
-        slope = _fit_slope(rest - hot @ usual, latents - hot @ means)
-        return replace(bare, slope=np.concatenate([means - usual @ slope, slope]))
-    slope = _fit_slope(guide - guide.mean(axis=0), latents - overall)
-    bias = overall - guide.mean(axis=0) @ slope
-    typical = average_by_label(guide, hot, guide.mean(axis=0))
+        usual = average_by_label(rest, weighted, rest.mean(axis=0))
+        slope = _fit_slope(rest - hot @ usual, latents - hot @ means, weights)
+        return replace(bare, slope=np.concatenate([means - usual @ slope, slope]), bias=np.zeros(size), means=means)
+    centre_of_guide = np.sum(guide * weights, axis=0) / weights.sum()
+    slope = _fit_slope(guide - centre_of_guide, latents - overall, weights)
+    bias = overall - centre_of_guide @ slope
+    typical = average_by_label(guide, weighted, centre_of_guide)
     return replace(bare, slope=slope, bias=bias, means=typical @ slope + bias)
 
 
-def _fit_slope(guide: Matrix, latents: Matrix) -> Matrix:
-    # Ridge with one observation's weight per direction: it only steadies small samples.
-    return np.asarray(np.linalg.solve(guide.T @ guide + np.eye(guide.shape[1]), guide.T @ latents))
+def _fit_slope(guide: Matrix, latents: Matrix, weights: Matrix) -> Matrix:
+    # Ridge with one average observation's weight per direction: it only steadies small samples.
+    weighted = guide * (weights / weights.mean())
+    return np.asarray(np.linalg.solve(weighted.T @ guide + np.eye(guide.shape[1]), weighted.T @ latents))
 
 
 def average_by_label(rows: Matrix, hot: Matrix, overall: Matrix) -> Matrix:
-    """(n, W) rows and (n, C) one-hot labels -> (C, W) class means; `overall` for classes without rows."""
+    """(n, W) rows and (n, C) one-hot labels, times weights or not -> (C, W) class means; `overall` for classes without rows."""
     counts = hot.sum(axis=0)[:, None]
-    return np.where(counts > 0, hot.T @ rows / np.maximum(counts, 1), overall)
+    return np.where(counts > 0, hot.T @ rows / np.where(counts > 0, counts, 1.0), overall)
 
 
 def one_hot(logits: Matrix) -> Matrix:

@@ -41,22 +41,41 @@ def test_one_hot_is_at_the_first_largest(logits: NDArray[np.float64]) -> None:
     assert [list(row).index(1.0) for row in hot] == [list(row).index(max(row)) for row in logits]
 
 
-def test_label_guidance_is_the_class_mean_and_the_overall_mean_for_classes_never_seen() -> None:
+def test_label_guidance_is_the_class_mean_by_sureness_and_the_overall_mean_for_classes_never_seen() -> None:
     latents, logits = draw_rows(40, 3, 2, 4, seed=0)
     logits = np.concatenate([logits, np.full((40, 1), -9.0)], axis=1)
     guidance = fit_guidance(latents, logits, "label", False)
     labels = np.arange(40) % 3
-    for label in range(3):
-        np.testing.assert_allclose(guidance.means[label], latents[labels == label].mean(axis=0))
-    np.testing.assert_allclose(guidance.means[3], latents.mean(axis=0))
-    assert guidance.seen.tolist() == [True, True, True, False]
     guide, residual = split_mean(guidance, latents, logits, False)
+    weights = np.exp(-guide[:, -1])
+
+    def average(rows: NDArray[np.float64], label: int) -> NDArray[np.float64]:
+        own = labels == label
+        return np.asarray(np.average(rows[own], axis=0, weights=weights[own]))
+
+    for label in range(3):
+        np.testing.assert_allclose(guidance.means[label], average(latents, label))
+    np.testing.assert_allclose(guidance.means[3], np.average(latents, axis=0, weights=weights))
+    assert guidance.seen.tolist() == [True, True, True, False]
     assert np.array_equal(guide[:, :4], np.eye(4)[labels])
-    centred = guide[:, 4:] - np.stack([guide[labels == label, 4:].mean(axis=0) for label in range(3)])[labels]
-    rest = latents - guidance.means[labels]
+    root = np.sqrt(weights / weights.mean())[:, None]
+    centred = root * (guide[:, 4:] - np.stack([average(guide[:, 4:], label) for label in range(3)])[labels])
+    rest = root * (latents - guidance.means[labels])
     ridge = np.linalg.solve(centred.T @ centred + np.eye(centred.shape[1]), centred.T @ rest)
-    np.testing.assert_allclose(residual, rest - centred @ ridge, atol=1e-9)
-    np.testing.assert_allclose([residual[labels == label].mean() for label in range(3)], 0, atol=1e-12)
+    np.testing.assert_allclose(root * residual, rest - centred @ ridge, atol=1e-9)
+    np.testing.assert_allclose([average(residual, label) for label in range(3)], 0, atol=1e-12)
+
+
+def test_images_of_another_class_that_the_target_is_not_sure_of_hardly_move_a_mean() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    margins = rng.uniform(4.0, 8.0, 400)
+    wrong = np.arange(400) % 20 == 0  # a tenth of class 0, seen as class 0 though of class 1
+    margins[wrong] = rng.uniform(0.1, 1.0, np.sum(wrong))
+    places = np.where(wrong, 1, labels)[:, None] * [[10.0, 0.0]] + rng.normal(0, 0.1, (400, 2))
+    means = fit_guidance(places, np.stack([margins * (labels == 0), margins * (labels == 1)], axis=1), "label", False).means
+    assert places[labels == 0, 0].mean() == pytest.approx(1.0, abs=0.05)
+    assert means[0, 0] < 0.15 and means[1, 0] == pytest.approx(10.0, abs=0.05)
 
 
 def test_doubt_is_the_surprise_of_the_margin() -> None:
@@ -80,7 +99,7 @@ def test_what_lies_between_two_classes_is_explained_where_the_target_is_in_doubt
     guidance = fit_guidance(latents, logits, "label", False)
     _, residual = split_mean(guidance, latents, logits, False)
     by_label = latents - guidance.means[logits.argmax(axis=1)]
-    assert np.mean(residual**2) < 0.4 * np.mean(by_label**2)
+    assert np.mean(residual**2) < 0.45 * np.mean(by_label**2)
 
 
 def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> None:
@@ -101,14 +120,16 @@ def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> Non
     np.testing.assert_allclose(guide[:, :-1].std(axis=0), 1, rtol=1e-6)
     fresh, fresh_logits = draw(500, 2)
     _, residual = split_mean(guidance, fresh, fresh_logits, False)
-    assert np.mean(residual**2) < 0.1 * np.mean((fresh - latents.mean(axis=0)) ** 2)
+    assert np.mean(residual**2) < 0.12 * np.mean((fresh - latents.mean(axis=0)) ** 2)
     assert np.isfinite(guidance.means).all() and guidance.means.shape == (1000, 8)
     labels = logits.argmax(axis=1)
     for label in labels[:20]:
         own = guide[labels == label] @ guidance.slope + guidance.bias
-        np.testing.assert_allclose(guidance.means[label], own.mean(axis=0), atol=1e-9)
+        weights = np.exp(-guide[labels == label, -1])
+        np.testing.assert_allclose(guidance.means[label], np.average(own, axis=0, weights=weights), atol=1e-9)
+    overall = np.average(latents, axis=0, weights=np.exp(-guide[:, -1]))
     seen = np.bincount(labels, minlength=1000) > 0
-    np.testing.assert_allclose(guidance.means[~seen], np.tile(latents.mean(axis=0), (np.sum(~seen), 1)))
+    np.testing.assert_allclose(guidance.means[~seen], np.tile(overall, (np.sum(~seen), 1)))
     assert np.array_equal(guidance.seen, seen) and not seen.all()
 
 

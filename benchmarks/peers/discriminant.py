@@ -5,7 +5,7 @@ from scipy.special import logsumexp
 
 from benchmarks.peers.base import Labels, Matrix
 from diffense.chain import shrink_covariance
-from diffense.guidance import fit_guidance
+from diffense.guidance import average_by_label, one_hot
 
 
 class Discriminants:
@@ -17,17 +17,17 @@ class Discriminants:
 
     def __init__(self, latents: Matrix, logits: Matrix, width: int) -> None:
         """Fit on (n, K d) clean latents and (n, C) logits."""
-        guidance = fit_guidance(latents, logits, "label", probabilities=False)
+        every_mean = average_by_label(latents, one_hot(logits), latents.mean(axis=0))
         labels = logits.argmax(axis=1)
         counts = np.bincount(labels, minlength=logits.shape[1])
-        residual = latents - guidance.means[labels]
-        self.width, self.seen = width, guidance.seen
+        residual = latents - every_mean[labels]
+        self.width, self.seen = width, counts > 0
         self.slopes = np.zeros((latents.shape[1], logits.shape[1]))  # (K d, C), tap by tap
         self.offsets = np.tile(np.log(np.maximum(counts, 0.5) / len(latents)), (latents.shape[1] // width, 1))  # (K, C)
         for tap in range(latents.shape[1] // width):
             used = np.flatnonzero(latents[:, tap * width : (tap + 1) * width].any(axis=0)) + tap * width
             if used.size:
-                means = guidance.means[:, used]
+                means = every_mean[:, used]
                 self.slopes[used] = np.linalg.solve(regularise(shrink_covariance(residual[:, used])), means.T)
                 self.offsets[tap] -= np.sum(means.T * self.slopes[used], axis=0) / 2.0
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.peers.base import Inspected, Matrix
 from diffense.chain import shrink_covariance
-from diffense.guidance import fit_guidance, one_hot
+from diffense.guidance import average_by_label, one_hot
 
 
 def join_taps(inspected: Inspected) -> Matrix:
@@ -24,7 +24,7 @@ class ClassGaussians:
     def __init__(self, latents: Matrix, logits: Matrix) -> None:
         """Fit on (n, W) clean latents and (n, C) logits."""
         self.used = latents.any(axis=0)
-        self.means = fit_guidance(latents, logits, "label", probabilities=False).means
+        self.means = average_by_label(latents, one_hot(logits), latents.mean(axis=0))
         residual = latents - self.means[logits.argmax(axis=1)]
         self.root = invert_root(shrink_covariance(residual[:, self.used]))
 
