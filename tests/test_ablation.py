@@ -8,7 +8,8 @@ import pytest
 from benchmarks import records
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import table
-from benchmarks.ablation.trial import Fits, Trial, take_rows
+from benchmarks.ablation.fits import Fits, take_rows
+from benchmarks.ablation.trial import Trial
 from benchmarks.ablation.variants import CLOSED, DEFAULT, VARIANTS, Variant
 from benchmarks.evaluation import prepare_cell
 from benchmarks.inspection import inspect_images
@@ -42,7 +43,7 @@ def make_latents(generator: np.random.Generator) -> CellLatents:
 def fits():
     """Shared, as the command shares it; the networks stay as they start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.ablation.trial.TRAINING_STEPS", 2)
+        patch.setattr("benchmarks.ablation.fits.TRAINING_STEPS", 2)
         yield Fits(make_latents(np.random.default_rng(0)), 0)
 
 

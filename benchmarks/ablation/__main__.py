@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.ablation.trial import Fits, Trial
+from benchmarks.ablation.fits import Fits
+from benchmarks.ablation.trial import Trial
 from benchmarks.ablation.variants import VARIANTS, Variant
 from benchmarks.latents import CellLatents, get_latents
 from benchmarks.metrics import measure_detection
