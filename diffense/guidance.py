@@ -95,19 +95,19 @@ def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: boo
     projection, centre = (like.projection, like.centre) if like else fit_projection(_view(logs, kind, np), kind)
     doubt = like.doubt if like else fit_surprise(-find_margin(logs, hot, np), MARGIN_RESOLUTION)
     none = np.zeros((0, size))
-    bare = Guidance(kind, projection, centre, doubt, none, none, np.zeros((classes, size)), hot.any(axis=0))
+    bare = Guidance(kind, projection, centre, doubt, none, np.zeros(size), np.zeros((classes, size)), hot.any(axis=0))
     guide = guide_by(bare, logits, hot, probabilities, np)
-    weights = np.exp(-guide[:, -1:])
-    weighted = hot * weights
-    overall = np.sum(latents * weights, axis=0) / weights.sum()
+    weights = np.exp(-guide[:, -1])
+    weighted = hot * weights[:, None]
+    overall = np.average(latents, axis=0, weights=weights)
     # Class means of latents and of the rest of the guide; the rest explains what is left of both (Frisch and Waugh 1933).
     if kind == "label":
         means = average_by_label(latents, weighted, overall)
         rest = guide[:, classes:]
         usual = average_by_label(rest, weighted, rest.mean(axis=0))
         slope = _fit_slope(rest - hot @ usual, latents - hot @ means, weights)
-        return replace(bare, slope=np.concatenate([means - usual @ slope, slope]), bias=np.zeros(size), means=means)
-    centre_of_guide = np.sum(guide * weights, axis=0) / weights.sum()
+        return replace(bare, slope=np.concatenate([means - usual @ slope, slope]), means=means)
+    centre_of_guide = np.average(guide, axis=0, weights=weights)
     slope = _fit_slope(guide - centre_of_guide, latents - overall, weights)
     bias = overall - centre_of_guide @ slope
     typical = average_by_label(guide, weighted, centre_of_guide)
@@ -116,7 +116,7 @@ def fit_guidance(latents: Matrix, logits: Matrix, kind: Kind, probabilities: boo
 
 def _fit_slope(guide: Matrix, latents: Matrix, weights: Matrix) -> Matrix:
     # Ridge with one average observation's weight per direction: it only steadies small samples.
-    weighted = guide * (weights / weights.mean())
+    weighted = guide * (weights / weights.mean())[:, None]
     return np.asarray(np.linalg.solve(weighted.T @ guide + np.eye(guide.shape[1]), weighted.T @ latents))
 
 

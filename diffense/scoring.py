@@ -245,9 +245,10 @@ def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64])
 
 def allow(allowance: Allowance, log_mismatch: Any, doubt: Any, xp: Any) -> Any:
     """(N, M) log mismatch and (N, 1) doubt -> (N, M) what is not excused; 0 is usual of an input that the target is sure of."""
-    start, slope, bend = np.split(allowance.lines, 3)
+    start, slope, bend = allowance.lines
     return log_mismatch - (doubt * slope + _exceed(doubt, xp) * bend + start)
 
 
 def _exceed(doubt: Any, xp: Any) -> Any:
+    """(N, 1) -> (N, 1) doubt beyond `UNSURE`, else 0."""
     return xp.maximum(doubt - UNSURE, 0.0)

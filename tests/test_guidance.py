@@ -121,6 +121,12 @@ def test_logit_guidance_with_a_thousand_classes_explains_unseen_latents() -> Non
     fresh, fresh_logits = draw(500, 2)
     _, residual = split_mean(guidance, fresh, fresh_logits, False)
     assert np.mean(residual**2) < 0.12 * np.mean((fresh - latents.mean(axis=0)) ** 2)
+    # The fit itself is exact, by another way: rows scaled by their root weights, the ridge as rows of its own.
+    root = np.exp(-guide[:, -1] / 2) / np.sqrt(np.mean(np.exp(-guide[:, -1])))
+    centred = [root[:, None] * (rows - np.average(rows, axis=0, weights=root**2)) for rows in (guide, latents)]
+    size = guide.shape[1]
+    rows, wanted = np.concatenate([centred[0], np.eye(size)]), np.concatenate([centred[1], np.zeros((size, 8))])
+    np.testing.assert_allclose(guidance.slope, np.linalg.lstsq(rows, wanted, rcond=None)[0], atol=1e-9)
     assert np.isfinite(guidance.means).all() and guidance.means.shape == (1000, 8)
     labels = logits.argmax(axis=1)
     for label in labels[:20]:

@@ -107,7 +107,11 @@ def test_latents_scores_and_their_order_survive(guard, graphs):
     assert np.sqrt(np.mean((half_latents - latents) ** 2)) < 0.01
     assert np.abs(half_logits - logits).max() < 0.01 * np.abs(logits).max()
     alike = half_logits.reshape(len(image), -1).argmax(1) == logits.reshape(len(image), -1).argmax(1)
-    assert alike.mean() >= 0.99, "a label changes only where two are as good as equal"
+    best = np.sort(logits.reshape(len(image), -1), axis=1)
+    moved = np.abs(half_logits - logits).reshape(len(image), -1).max(axis=1)
+    assert alike.mean() >= 0.99 and (best[:, -1] - best[:, -2] <= 2 * moved)[~alike].all(), (
+        "only where two are as good as equal"
+    )
     assert np.abs(half_score - score)[alike].max() < 0.1
     truth = np.repeat([0, 1], len(clean))
     before, after = roc_auc_score(truth, score), roc_auc_score(truth, half_score)

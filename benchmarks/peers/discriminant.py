@@ -17,17 +17,17 @@ class Discriminants:
 
     def __init__(self, latents: Matrix, logits: Matrix, width: int) -> None:
         """Fit on (n, K d) clean latents and (n, C) logits."""
-        every_mean = average_by_label(latents, one_hot(logits), latents.mean(axis=0))
+        class_means = average_by_label(latents, one_hot(logits), latents.mean(axis=0))
         labels = logits.argmax(axis=1)
         counts = np.bincount(labels, minlength=logits.shape[1])
-        residual = latents - every_mean[labels]
+        residual = latents - class_means[labels]
         self.width, self.seen = width, counts > 0
         self.slopes = np.zeros((latents.shape[1], logits.shape[1]))  # (K d, C), tap by tap
         self.offsets = np.tile(np.log(np.maximum(counts, 0.5) / len(latents)), (latents.shape[1] // width, 1))  # (K, C)
         for tap in range(latents.shape[1] // width):
             used = np.flatnonzero(latents[:, tap * width : (tap + 1) * width].any(axis=0)) + tap * width
             if used.size:
-                means = every_mean[:, used]
+                means = class_means[:, used]
                 self.slopes[used] = np.linalg.solve(regularise(shrink_covariance(residual[:, used])), means.T)
                 self.offsets[tap] -= np.sum(means.T * self.slopes[used], axis=0) / 2.0
 

@@ -34,7 +34,7 @@ class DistanceFamily(Family[Distances]):
         self.kind = kind
 
     def learn(self, latents: Matrix, logits: Matrix, width: int, like: Distances | None) -> Distances:
-        """Class means, and the whitening of each tap alone: a chain of one tap."""
+        """Class means, weighed as the guard weighs them, and the whitening of each tap alone: a chain of one tap."""
         guidance = fit_guidance(latents, logits, "label", probabilities=False)
         rest = np.zeros((len(guidance.slope) - len(guidance.means), latents.shape[1]))
         guidance = replace(guidance, slope=np.concatenate([guidance.means, rest]))  # the label alone, not the doubt
