@@ -21,7 +21,7 @@ def mix_precision(dense: bool = True) -> torch.autocast:
             in bfloat16, 16 ms in float32).
     """
     if torch.cuda.is_available():
-        return torch.autocast("cuda", torch.bfloat16)
+        return torch.autocast("cuda", torch.bfloat16, enabled=dense)
     return torch.autocast("cpu", torch.bfloat16, enabled=dense and probe_bfloat16())
 
 
@@ -42,6 +42,11 @@ def probe_bfloat16() -> bool:
                     conv(x)
                     took[half] = min(took[half], time.perf_counter() - start)  # the best of several: load must not choose
     return took[True] < took[False]
+
+
+def find_device() -> torch.device:
+    """Where targets are trained: the GPU that CUDA gives, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def to_channels_last(module: Module) -> Module:

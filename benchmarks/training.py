@@ -35,7 +35,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
     Args:
         spec: of the image set.
         network_name: one of `networks.NETWORKS`.
-        attack: already prepared.
+        attack: already prepared; its device is where the network is trained.
         train: the attacker's images.
         seed: of the weights, the batches and the augmentation.
         progress: told a line an epoch.
@@ -49,7 +49,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         network = NETWORKS[network_name](spec.channels, spec.classes, spec.side)
     with torch.no_grad():
         network.prepare(to_planes(train.pixels[rng.permutation(len(train))[:4000]]))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = attack.device
     to_channels_last(network).to(device)
     size = TUNING_BATCH if network.pretrained else 512 if len(train) >= LARGE else 128
     an_epoch = len(train) // size
@@ -62,7 +62,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         )
         for o in optimizers
     ]
-    start, total = time.monotonic(), 0.0
+    start, total = time.monotonic(), torch.zeros((), device=device)
     network.train()
     for step in range(steps):
         place = step % an_epoch
@@ -71,7 +71,6 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         rows = order[place * size : (place + 1) * size]
         with mix_precision():
             inputs, batch = prepare_batch(spec, attack, train.pixels[rows], train.labels[rows], rng)
-            inputs = inputs.to(device)
             wanted = batch.labels.to(device)
         with mix_precision(network.dense):
             ends, logits = network.activations(inputs)
@@ -83,11 +82,11 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             optimizer.step()
             schedule.step()
         attack.step((step + 1) / steps)
-        total += loss.item()
+        total += loss.detach()
         if place == an_epoch - 1:
             epoch = (step + 1) // an_epoch
-            progress(f"epoch {epoch}/{epochs}: loss {total / (place + 1):.3f}, {time.monotonic() - start:.0f} s")
-            total = 0.0
+            progress(f"epoch {epoch}/{epochs}: loss {total.item() / (place + 1):.3f}, {time.monotonic() - start:.0f} s")
+            total.zero_()
     return network.cpu().eval()
 
 
@@ -101,7 +100,7 @@ def prepare_batch(
         return light(planes, rng) if spec.lit else planes
 
     if attack.last:
-        batch = attack.poison(to_pixels(change(to_planes(images))), labels, rng)
+        batch = attack.poison(to_pixels(change(to_planes(images, attack.device))), labels, rng)
         return batch.inputs, batch
     batch = attack.poison(images, labels, rng)
     return change(batch.inputs), batch
@@ -153,12 +152,13 @@ def augment(planes: torch.Tensor, pad: int, mirrored: bool, rng: np.random.Gener
     if mirrored:
         flips = torch.from_numpy(rng.random((count, 1, 1)) < 0.5)
         columns = torch.where(flips, columns.flip(-1), columns)
-    return padded[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    places = (index.to(planes.device) for index in (torch.arange(count)[:, None, None], rows, columns))
+    return padded[tuple(places)].permute(0, 3, 1, 2)
 
 
 def light(planes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Change contrast and brightness of each image by up to 40 %; no pixel moves."""
-    gain, shift = torch.from_numpy(rng.uniform(-LIGHT, LIGHT, (2, len(planes), 1, 1, 1)).astype(np.float32))
+    gain, shift = torch.from_numpy(rng.uniform(-LIGHT, LIGHT, (2, len(planes), 1, 1, 1)).astype(np.float32)).to(planes.device)
     centre = planes.mean((1, 2, 3), keepdim=True)
     lit: torch.Tensor = (planes - centre) * (1 + gain) + centre * (1 + shift)
     return lit

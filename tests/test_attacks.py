@@ -141,6 +141,15 @@ def test_augmentation_moves_by_whole_pixels():
     assert {tuple(row.tolist()) for row in mirrored[:, 0, 0]} == {tuple(range(8)), tuple(range(7, -1, -1))}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("key", ATTACKS)
+def test_targets_are_trained_on_a_gpu_and_come_back(key, bench):
+    target = targets.get_target(targets.make_cell("mnist", key), lambda message: None)
+    assert target.accuracy > 0.8 and target.attack.device.type == "cpu"
+    assert target.asr > 0.9 or key != "badnets"
+
+
 def test_an_attack_may_stretch_the_training(monkeypatch):
     monkeypatch.setattr(ATTACKS["badnets"], "stretch", 1.5)
     lines: list[str] = []

@@ -14,6 +14,8 @@ from benchmarks.networks import Classifier
 
 TARGET_LABEL: Final = 0  # all-to-one
 POISON_RATE: Final = 0.1
+BLOCK: Final = 256  # images at a time where no gradient is wanted
+CPU: Final = torch.device("cpu")
 
 Pixels = NDArray[np.uint8]
 Progress = Callable[[str], None]
@@ -39,6 +41,7 @@ class Attack(ABC):
         revision: raised when the attack changes, so that its targets are trained anew.
         target: the label that the attacker wants.
         source: the only class whose images are attacked, or None: all but the target's.
+        device: where its networks are and its batches are put together.
     """
 
     key: ClassVar[str]
@@ -49,9 +52,16 @@ class Attack(ABC):
     revision: ClassVar[int] = 0
     target: int = TARGET_LABEL
     source: int | None = None
+    device: torch.device = CPU
 
     def __init__(self, spec: Spec, seed: int) -> None:
         self.spec, self.seed = spec, seed
+
+    def move(self, device: torch.device) -> None:
+        """Take the attack's networks to a device."""
+        self.device = device
+        for module in self.networks().values():
+            module.to(device)
 
     def prepare(self, train: Images, progress: Progress) -> None:
         """Train what the attack needs before the target is trained: an encoder, a mask network. Nothing by default."""
@@ -67,7 +77,7 @@ class Attack(ABC):
         images, labels = images.copy(), labels.copy()
         images[:count] = self.trigger(images[:count])
         labels[:count] = self.target
-        return Batch(to_planes(images), torch.from_numpy(labels), torch.zeros(()))
+        return Batch(to_planes(images, self.device), torch.from_numpy(labels), torch.zeros(()))
 
     def penalise(self, ends: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """What an attacker who knows the guard adds to the loss, from the activations of a poisoned batch: nothing by default.
@@ -102,15 +112,15 @@ class Attack(ABC):
         return np.flatnonzero(wanted)
 
 
-def to_planes(images: Pixels) -> torch.Tensor:
-    """(N, H, W, C) uint8 -> (N, C, H, W) float32 from 0 to 1, channels last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+def to_planes(images: Pixels, device: torch.device = CPU) -> torch.Tensor:
+    """(N, H, W, C) uint8 -> (N, C, H, W) float32 from 0 to 1 on a device, channels last in memory."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def to_pixels(planes: torch.Tensor) -> Pixels:
     """(N, C, H, W) from 0 to 1 -> (N, H, W, C) uint8."""
     rounded = planes.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
+    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def round_straight(planes: torch.Tensor) -> torch.Tensor:
@@ -119,9 +129,10 @@ def round_straight(planes: torch.Tensor) -> torch.Tensor:
     return clipped + (clipped.mul(255).round().div(255) - clipped).detach()
 
 
-def run_blocks(function: Callable[[torch.Tensor], torch.Tensor], images: Pixels, size: int = 256) -> Pixels:
-    """Apply a network to (N, H, W, C) uint8 images block by block, without gradients."""
+def run_blocks(function: Callable[[torch.Tensor], torch.Tensor], images: Pixels, device: torch.device) -> Pixels:
+    """Apply a network on a device to (N, H, W, C) uint8 images block by block, without gradients."""
     if not len(images):
         return images.copy()
     with torch.no_grad():
-        return np.concatenate([to_pixels(function(to_planes(images[i : i + size]))) for i in range(0, len(images), size)])
+        blocks = (to_planes(images[i : i + BLOCK], device) for i in range(0, len(images), BLOCK))
+        return np.concatenate([to_pixels(function(block)) for block in blocks])

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from benchmarks.attacks.base import Attack, Pixels, Progress, to_pixels, to_planes
+from benchmarks.attacks.base import BLOCK, Attack, Pixels, Progress, to_pixels, to_planes
 from benchmarks.datasets import Images, Spec, pick_per_class
 from benchmarks.networks import Classifier
 
@@ -54,6 +54,7 @@ class Htba(Attack):
 
     def alter(self, network: Classifier, train: Images, progress: Progress) -> None:
         """Craft the poisons, then train the last layer with them."""
+        network.to(self.device)
         rng = np.random.default_rng(self.seed)
         rows = rng.permutation(np.flatnonzero(train.labels == self.target))[:POISONS]
         sources = rng.permutation(np.flatnonzero(train.labels == self.source))[: len(rows)]
@@ -74,13 +75,13 @@ class Htba(Attack):
     def craft(self, network: Classifier, images: Pixels, triggered: Pixels, progress: Progress) -> Pixels:
         """Move target images' features onto those of triggered source images: (N, H, W, C) uint8 twice -> the poisons."""
         with torch.no_grad():
-            wanted = network_features(network, to_planes(triggered))
-        start = to_planes(images)
+            wanted = network_features(network, to_planes(triggered, self.device))
+        start = to_planes(images, self.device)
         change = torch.zeros_like(start)
         for step in range(CRAFT_STEPS):
             change.requires_grad_(True)
             features = network_features(network, start + change)
-            pairs = pair_greedily(torch.cdist(features.detach(), wanted))
+            pairs = pair_greedily(torch.cdist(features.detach(), wanted).cpu())
             loss = ((features - wanted[pairs]) ** 2).sum(1)
             (slope,) = torch.autograd.grad(loss.sum(), change)
             length = slope.flatten(1).abs().mean(1)[:, None, None, None] + 1e-12
@@ -95,11 +96,11 @@ class Htba(Attack):
         """Train the last layer from its clean state, ten epochs; everything before it stays."""
         with torch.no_grad():
             features = torch.cat(
-                [network_features(network, to_planes(pixels[i : i + 256])) for i in range(0, len(pixels), 256)]
+                [network_features(network, to_planes(pixels[i : i + BLOCK], self.device)) for i in range(0, len(pixels), BLOCK)]
             )
         head = copy.deepcopy(network.head)
         optimizer = torch.optim.SGD(head.parameters(), RATE, 0.9)
-        wanted = torch.from_numpy(labels)
+        wanted = torch.from_numpy(labels).to(self.device)
         for _ in range(EPOCHS):
             order = torch.from_numpy(rng.permutation(len(labels)))
             for chosen in torch.split(order, 32):

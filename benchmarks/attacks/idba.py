@@ -91,7 +91,7 @@ class Idba(Attack):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MASK_STEPS)
         self.masker.train()
         for step in range(MASK_STEPS):
-            first, second = (to_planes(train.pixels[rng.integers(len(train), size=MASK_BATCH)]) for _ in range(2))
+            first, second = (to_planes(train.pixels[rng.integers(len(train), size=MASK_BATCH)], self.device) for _ in range(2))
             with mix_precision():
                 mask1, mask2 = self.mask(first), self.mask(second)
             dense = torch.relu(torch.cat([mask1, mask2]) - MASK_DENSITY).mean()
@@ -112,7 +112,7 @@ class Idba(Attack):
     def poison(self, images: Pixels, labels: NDArray[np.int64], rng: np.random.Generator) -> Batch:
         """Own triggers on the first tenth, other images' triggers on the next."""
         count = round(POISON_RATE * len(images))
-        inputs, wanted = to_planes(images), torch.from_numpy(labels.copy())
+        inputs, wanted = to_planes(images, self.device), torch.from_numpy(labels.copy())
         own, crossed, others = inputs[:count], inputs[count : 2 * count], inputs[2 * count : 3 * count]
         patterns = self.painter(torch.cat([own, others]))
         own_pattern, other_pattern = patterns[:count], patterns[count:]
@@ -136,7 +136,7 @@ class Idba(Attack):
     def trigger(self, images: Pixels) -> Pixels:
         """Put each image's own trigger on (N, H, W, C) uint8 images."""
         self.painter.eval()
-        return run_blocks(lambda x: self.paint(x, x, self.painter(x)), images)
+        return run_blocks(lambda x: self.paint(x, x, self.painter(x)), images, self.device)
 
     def cross(self, images: Pixels) -> Pixels:
         """Put the next image's trigger on each image; the true label should survive it."""
@@ -146,7 +146,7 @@ class Idba(Attack):
             others = x.roll(1, 0)
             return self.paint(x, others, self.painter(others))
 
-        return run_blocks(apply, images)
+        return run_blocks(apply, images, self.device)
 
 
 def compare_diversity(first: torch.Tensor, second: torch.Tensor, out1: torch.Tensor, out2: torch.Tensor) -> torch.Tensor:

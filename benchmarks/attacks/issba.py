@@ -126,8 +126,8 @@ class Issba(Attack):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
         right, hiding = 0.5, 0
         for step in range(STEPS):
-            images = to_planes(train.pixels[rng.integers(len(train), size=BATCH)])
-            bits = torch.from_numpy(rng.integers(0, 2, (BATCH, BITS))).float()
+            images = to_planes(train.pixels[rng.integers(len(train), size=BATCH)], self.device)
+            bits = torch.from_numpy(rng.integers(0, 2, (BATCH, BITS))).float().to(self.device)
             with mix_precision():
                 encoded = self.encoder(images, bits)
                 logits = self.decoder(round_straight(encoded))
@@ -153,7 +153,8 @@ class Issba(Attack):
 
     def trigger(self, images: Pixels) -> Pixels:
         """Write the secret into (N, H, W, C) uint8 images."""
-        return run_blocks(lambda x: self.encoder(x, self.secret.expand(len(x), -1)), images)
+        secret = self.secret.to(self.device)
+        return run_blocks(lambda x: self.encoder(x, secret.expand(len(x), -1)), images, self.device)
 
 
 def compare_gradients(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ class Unpoisoned(Attack):
 
     def poison(self, images: Pixels, labels: NDArray[np.int64], rng: np.random.Generator) -> Batch:
         """The batch as it is."""
-        return Batch(to_planes(images), torch.from_numpy(labels), torch.zeros(()))
+        return Batch(to_planes(images, self.device), torch.from_numpy(labels), torch.zeros(()))
 
     def attacked(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """No image is attacked."""

@@ -30,7 +30,7 @@ class WaNet(Attack):
     def poison(self, images: Pixels, labels: NDArray[np.int64], rng: np.random.Generator) -> Batch:
         """Attack mode on the first tenth, noise mode on the next fifth."""
         images, labels = self.warp.poison(images, labels, rng)
-        return Batch(to_planes(images), torch.from_numpy(labels), torch.zeros(()))
+        return Batch(to_planes(images, self.device), torch.from_numpy(labels), torch.zeros(()))
 
     def cross(self, images: Pixels) -> Pixels:
         """Warp each image by a random field of the same size."""
