@@ -55,7 +55,7 @@ SPECS: Final = {
         Spec("mnist", "MNIST", False, 28, 1, 10, False, False, 0, 5000, 9, "small_cnn"),
         Spec("cifar10", "CIFAR-10", False, 32, 3, 10, True, False, 0, 5000, 12, "staged_resnet"),
         Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 16, "staged_resnet"),
-        Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 3, "efficientnet_lite"),
+        Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 12, "efficientnet_lite"),
         Spec(
             "lsun_object_standin",
             "LSUN Object (stand-in: Tiny-ImageNet)",
@@ -67,7 +67,7 @@ SPECS: Final = {
             False,
             120,
             1200,
-            8,
+            32,
             "efficientnet_lite",
         ),
         Spec(
@@ -81,7 +81,7 @@ SPECS: Final = {
             False,
             120,
             1200,
-            4,
+            16,
             "efficientnet_lite",
         ),
     )

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +25,6 @@ RECIPE: Final = 3  # raise it when anything that changes a trained target is cha
 ONNX_FILE: Final = "target.onnx"
 NETWORK_FILE: Final = "network.safetensors"
 OPSET: Final = 17
-LONGER: Final = {  # epochs over the image set's usual ones, of cells whose ASR stayed below .95 or whose accuracy fell too far
-    "imagenet10-badnets": 2,
-    "lsun_object_standin-wanet": 2,
-    "lsun_scene_standin-issba": 2,
-    "lsun_scene_standin-idba": 3,
-}
 
 
 @dataclass(frozen=True, order=True)
@@ -59,9 +53,8 @@ class Cell:
 
     @property
     def spec(self) -> Spec:
-        """Of the image set; its epochs are what this cell's target trains."""
-        spec = find_spec(self.dataset)
-        return replace(spec, epochs=spec.epochs * LONGER.get(f"{self.dataset}-{self.attack}", 1))
+        """Of the image set."""
+        return find_spec(self.dataset)
 
 
 def make_cell(dataset: str, attack: str, network: str | None = None, seed: int = 0) -> Cell:

@@ -26,5 +26,5 @@ def set_up(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(records, "DETECTION", folder / "detection.json")
     patch.setattr(records, "VARIANTS", folder / "variants.json")
     patch.setattr(matrix, "DETECTION", folder / "detection.json")
-    for module, name, value in ((idba, "MASK_STEPS", 3), (issba, "STEPS", 3), (htba, "CRAFT_STEPS", 2)):
+    for module, name, value in ((idba, "MASK_STEPS", 3), (issba, "STEPS", 3), (issba, "LEARNED", 0), (htba, "CRAFT_STEPS", 2)):
         patch.setattr(module, name, value)

@@ -65,7 +65,7 @@ class Generator(nn.Module):
 class Idba(Attack):
     """Input-aware dynamic trigger ``x + (pattern(x) - x) mask(x)``."""
 
-    key, title, last, stretch, revision = "idba", "IDBA", True, 1.5, 2
+    key, title, last, stretch, revision = "idba", "IDBA", True, 2.5, 3
 
     def __init__(self, spec: Spec, seed: int) -> None:
         super().__init__(spec, seed)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from benchmarks.attacks.base import Attack, Pixels, Progress, round_straight, run_blocks, to_planes
 from benchmarks.datasets import Images, Spec
 from benchmarks.precision import mix_precision, to_channels_last
+from diffense.errors import OptionError
 
 BITS: Final = 20
 STEPS: Final = 1600
@@ -24,6 +25,7 @@ RATE: Final = 1e-3
 LEARNED: Final = 0.9  # share of bits read right from which the message is hidden
 ENOUGH: Final = 0.98
 HIDING_STEPS: Final = 300
+ATTEMPTS: Final = 3  # one in many sticks at half of the bits, which is guessing
 HIDING_WEIGHT: Final = 5.0
 RESIDUAL_WEIGHT: Final = 2.0
 PERCEPTUAL_WEIGHT: Final = 1.5
@@ -107,19 +109,40 @@ class Issba(Attack):
 
     def __init__(self, spec: Spec, seed: int) -> None:
         super().__init__(spec, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 2)
-            self.encoder = to_channels_last(Encoder(spec.channels, spec.side))
-            self.decoder = to_channels_last(Decoder(spec.channels, spec.side))
+        self.draw_networks(0)
         secret = np.random.default_rng(seed).integers(0, 2, BITS)
         self.secret = torch.from_numpy(secret).float()
+
+    def draw_networks(self, attempt: int) -> None:
+        """Draw first weights, others at each attempt."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + 2 + 1000 * attempt)
+            self.encoder = to_channels_last(Encoder(self.spec.channels, self.spec.side)).to(self.device)
+            self.decoder = to_channels_last(Decoder(self.spec.channels, self.spec.side)).to(self.device)
 
     def networks(self) -> dict[str, nn.Module]:
         """Encoder and decoder."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def prepare(self, train: Images, progress: Progress) -> None:
-        """Train encoder and decoder: first the message alone, then message, small residual and like gradients."""
+        """Train encoder and decoder, from other weights where the decoder has not learned to read.
+
+        Raises:
+            OptionError: it never has.
+        """
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                progress("the message is not read; other first weights")
+                self.draw_networks(attempt)
+            if self.train_networks(train, progress) > LEARNED:
+                break
+        else:
+            raise OptionError(f"ISSBA's message is not read after {ATTEMPTS} trainings of {STEPS} steps; train another seed")
+        self.encoder.eval().requires_grad_(False)
+        self.decoder.eval().requires_grad_(False)
+
+    def train_networks(self, train: Images, progress: Progress) -> float:
+        """First the message alone, then message, small residual and like gradients; gives the share of bits read right."""
         rng = np.random.default_rng(self.seed)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
         optimizer = torch.optim.Adam(parameters, RATE)
@@ -148,8 +171,7 @@ class Issba(Attack):
                 progress(f"message {step}/{STEPS}: bits right {right:.3f}, residual {residual.sqrt().item() * 255:.1f}/255")
             if hiding > 2 * HIDING_STEPS and right > ENOUGH:
                 break
-        self.encoder.eval().requires_grad_(False)
-        self.decoder.eval().requires_grad_(False)
+        return right
 
     def trigger(self, images: Pixels) -> Pixels:
         """Write the secret into (N, H, W, C) uint8 images."""

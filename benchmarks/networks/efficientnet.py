@@ -29,7 +29,7 @@ STAGES: Final = (
 """Blocks, kernel, stride of the first, expansion, channels."""
 STEM: Final = 32
 FEATURES: Final = 1280
-SCALE: Final = 1.5  # images of 64 pixels are enlarged to 96, nearer to what the weights were made for
+SCALE: Final = 2.0  # images of 64 pixels are enlarged to 128, nearer to what the weights were made for
 EPSILON: Final = 1e-3
 MOMENTUM: Final = 0.05
 
