@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 from sklearn.metrics import roc_auc_score
 
 import onnx_models
@@ -14,7 +15,7 @@ from diffense.denoiser import build_denoiser, init_weights
 from diffense.errors import ExportError
 from diffense.graphs import cut_graph, load_model, open_session, save_graph
 from diffense.onnx_arrays import PRODUCER
-from diffense_export.half import LAYERS, OWN, convert_half
+from diffense_export.half import LAYERS, OWN, convert_half, drop_twins
 from diffense_export.scorer import build_scorer
 from diffense_export.whole import build_whole
 from onnx_builder import Builder, scores
@@ -176,6 +177,14 @@ def test_an_output_behind_a_softmax_is_rounded_once_not_thrice(tmp_path):
     answer = run(convert_half(model), image=image)
     assert np.allclose(answer["softmax"].sum(axis=1), 1, atol=1e-6)
     assert answer["softmax"].dtype == answer["logits"].dtype == np.float32
+
+
+def test_casts_that_give_one_value_twice_become_one():
+    nodes = [helper.make_node("Cast", ["a"], ["a32"], to=1), helper.make_node("Cast", ["a"], ["a32"], to=1)]
+    nodes += [helper.make_node("Exp", ["a32"], ["b"]), helper.make_node("Cast", ["a"], ["c"], to=1)]
+    graph = helper.make_graph(nodes, "g", [], [])
+    drop_twins(graph)
+    assert [list(node.output) for node in graph.node] == [["a32"], ["b"], ["c"]]
 
 
 def test_graphs_with_branches_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxruntime.transformers import float16
@@ -57,6 +58,7 @@ def convert_half(model: ir.Model) -> ir.Model:
         proto = ir.to_proto(model)
         del proto.graph.value_info[:]  # onnx_ir lists the weights there, which the converter would take for computed values
         proto = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=[], node_block_list=kept)
+        drop_twins(proto.graph)
         converted: ir.Model = ir.from_proto(proto)
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
         raise ExportError(f"the graph cannot be converted to float16 ({first_line(error)}); use float32") from error
@@ -64,6 +66,13 @@ def convert_half(model: ir.Model) -> ir.Model:
     passes.RemoveUnusedNodesPass()(converted)
     converted.graph.sort()
     return converted
+
+
+def drop_twins(graph: onnx.GraphProto) -> None:
+    """Keep one of the nodes that give the same values: onnxruntime before 1.32 adds a cast for each node that reads one."""
+    kept = list({tuple(node.output): node for node in graph.node}.values())
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def find_halved(model: ir.Model) -> set[ir.Node]:
