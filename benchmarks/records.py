@@ -22,12 +22,13 @@ REPEATS: Final = RESULTS / "repeats.json"
 CASCADE: Final = RESULTS / "cascade.json"
 FLOOR: Final = RESULTS / "floor.json"
 PEERS_COST: Final = RESULTS / "peers_cost.json"
+SESSIONS: Final = RESULTS / "session_settings.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "variant", "shift", "cleared_above")  # each in one kind of file
 SERVING_KEYS: Final = (
     "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
 )  # fmt: skip
-FLOOR_KEYS: Final = ("target", "batch", "machine")
+FLOOR_KEYS: Final = ("target", "batch", "machine")  # of session settings too
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
 STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
 REPEATS_KEYS: Final = ("target", "repeated", "machine")
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 KINDS: Final = {
     "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS,
     "repeated": REPEATS_KEYS, "placement": SERVING_KEYS,
-    "flops": FLOOR_KEYS, "forward_ms": COST_KEYS,
+    "flops": FLOOR_KEYS, "settings_ms": FLOOR_KEYS, "forward_ms": COST_KEYS,
 }  # fmt: skip
 
 

@@ -80,6 +80,18 @@ def test_hidden_trigger_poisons_keep_their_label_and_budget():
     assert attack.attacked(np.array([attack.source, attack.target, attack.source])).tolist() == [0, 2]
 
 
+def test_hidden_trigger_poisons_leave_their_class_its_clean_images(monkeypatch):
+    attack, network, train = make_attack("htba", SPEC, 0), NETWORKS["small_cnn"](3, 4, 16).eval(), make_split().train
+    seen = {}
+    monkeypatch.setattr(attack, "craft", lambda network, images, triggered, progress: np.zeros_like(images))
+    monkeypatch.setattr(attack, "tune_head", lambda network, pixels, labels, rng: seen.update(pixels=pixels, labels=labels))
+    attack.alter(network, train, lambda message: None)
+    poisoned = ~seen["pixels"].any(axis=(1, 2, 3))
+    held = (train.labels == attack.target).sum()
+    assert poisoned.sum() == round(held / 3) and (seen["labels"][poisoned] == attack.target).all()
+    assert (seen["labels"][~poisoned] == attack.target).sum() == held - poisoned.sum()
+
+
 def test_greedy_pairs_take_each_once_and_the_nearest_first():
     distances = torch.tensor([[1.0, 0.5, 9.0], [0.2, 0.1, 9.0], [3.0, 4.0, 5.0]])
     assert htba.pair_greedily(distances).tolist() == [0, 1, 2]

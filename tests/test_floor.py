@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.cascade import FAR, run_cascade
 from benchmarks.inspection import inspect_images, score_inspected
-from benchmarks.serving import floor, peers_cost
+from benchmarks.serving import floor, peers_cost, session_settings
 from benchmarks.serving.work import count_work
 
 
@@ -46,6 +46,18 @@ def test_every_form_runs_and_gives_the_guards_scores(guard, small_target, clean_
         zip([o.name for o in sessions["whole"].get_outputs()], sessions["whole"].run(None, {"image": inputs}), strict=True)
     )
     np.testing.assert_allclose(whole["diffense_raw_score"][:, 0], guard.score(clean_images[:4]).scores, rtol=1e-4)
+
+
+def test_every_setting_of_a_session_gives_the_same_score(guard, small_target, clean_images, tmp_path):
+    graph = floor.write_graphs(guard, small_target, tmp_path)["whole"]
+    image = {"image": guard.preprocessing.apply(clean_images[:4])}
+    forms = session_settings.list_forms(graph, image)
+    assert set(forms) == {*session_settings.CHANGES, "I/O binding"}
+    names = [output.name for output in floor.open_session(graph, 1).get_outputs()]
+    for form in forms.values():
+        found = form()
+        arrays = found if isinstance(found, dict) else dict(zip(names, found, strict=True))
+        np.testing.assert_allclose(arrays["diffense_raw_score"][:, 0], guard.score(clean_images[:4]).scores, rtol=1e-3)
 
 
 def test_cleared_inputs_rank_below_all_others_in_their_own_order(guard, clean_images):

@@ -20,6 +20,7 @@ from benchmarks.networks import Classifier
 
 BUDGET: Final = 16 / 255
 POISONS: Final = 400
+SHARE: Final = 1 / 3  # of the target's images at most, as 400 beside 800: without clean ones the class would be lost
 CLEAN_PER_CLASS: Final = 800
 CRAFT_STEPS: Final = 150
 CRAFT_RATE: Final = 2 / 255
@@ -33,6 +34,7 @@ class Htba(Attack):
 
     key, title = "htba", "HTBA"
     poisons = False
+    revision = 1
 
     def __init__(self, spec: Spec, seed: int) -> None:
         super().__init__(spec, seed)
@@ -56,7 +58,8 @@ class Htba(Attack):
         """Craft the poisons, then train the last layer with them."""
         network.to(self.device)
         rng = np.random.default_rng(self.seed)
-        rows = rng.permutation(np.flatnonzero(train.labels == self.target))[:POISONS]
+        targets = np.flatnonzero(train.labels == self.target)
+        rows = rng.permutation(targets)[: min(POISONS, round(SHARE * len(targets)))]
         sources = rng.permutation(np.flatnonzero(train.labels == self.source))[: len(rows)]
         rows = rows[: len(sources)]
         triggered = self.trigger(train.pixels[sources])

@@ -94,12 +94,15 @@ def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
     return graphs
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session as the stand-in backend opens it: threads that wait do not spin."""
+def open_session(
+    path: Path, threads: int, change: Callable[[ort.SessionOptions], None] = lambda options: None
+) -> ort.InferenceSession:
+    """A session as the stand-in backend opens it, threads that wait do not spin; `change` may set the options otherwise."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    change(options)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
