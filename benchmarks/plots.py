@@ -19,6 +19,7 @@ from benchmarks.datasets import SPECS
 from benchmarks.metrics import BINS, FALSE_ALARMS
 from benchmarks.records import ABLATION, DETECTION, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
+from benchmarks.tables import is_cell
 
 CLEAN: Final = "#3b6ea5"
 TRIGGERED: Final = "#c8553d"
@@ -151,7 +152,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 def draw_all() -> list[Path]:
     """Draw what there are results for; gives the files."""
     matplotlib.use("Agg")
-    rows = [row for row in read_rows(DETECTION) if row["attack"] in MATRIX]
+    rows = [row for row in read_rows(DETECTION) if is_cell(row)]
     variants, ablation = read_rows(VARIANTS), read_rows(ABLATION)
     figures = {
         "roc.png": draw_rocs(rows),

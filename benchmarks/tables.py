@@ -34,6 +34,11 @@ def average(figures: Iterable[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
+def is_cell(row: Row) -> bool:
+    """Whether a row is one of the thirty cells: a matrix attack on the image set's usual network, target seed 0."""
+    return row["attack"] in MATRIX and row["target"] == SPECS[row["dataset"]].network and row["seed"] == 0
+
+
 def name_cell(row: Row) -> str:
     """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked."""
     weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
@@ -55,8 +60,9 @@ def render_matrix(rows: list[Row]) -> list[str]:
 def render_row(row: Row) -> str:
     """One cell."""
     cross = "" if row["cross_accuracy"] is None else f" ({row['cross_accuracy']:.3f})"
+    target = row["target"] + (f", seed {row['seed']}" if row["seed"] else "")
     return (
-        f"| {name_cell(row)} | {row['target']} | {show(row['clean_accuracy'])}{cross} | {show(row['asr_before'], '.3f')} → "
+        f"| {name_cell(row)} | {target} | {show(row['clean_accuracy'])}{cross} | {show(row['asr_before'], '.3f')} → "
         f"{show(row['asr_after_fpr5'])} / {show(row['asr_after_fpr1'])} | {show(row['auroc'])} ({show(row['auroc_right'])}) "
         f"| {show(row['tpr_at_fpr1'], '.3f')} / {show(row['tpr_at_fpr5'], '.3f')} "
         f"| {show(row['fpr_at_1'])} / {show(row['fpr_at_5'])} | {'on' if row['network']['used'] else 'off'} |"
@@ -154,6 +160,11 @@ def render_controls(rows: list[Row]) -> list[str]:
     return ["", "## Controls", "", *render_matrix(rows)] if rows else []
 
 
+def render_others(rows: list[Row]) -> list[str]:
+    """The matrix's attacks on other networks and other seeds of the target."""
+    return ["", "## Other networks, other target seeds", "", *render_matrix(rows)] if rows else []
+
+
 def render_shifts(rows: list[Row]) -> list[str]:
     """False-alarm rates on shifted clean images."""
     lines = [
@@ -168,7 +179,7 @@ def render_shifts(rows: list[Row]) -> list[str]:
 
 
 def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
-    """Commits, seeds and machines of the rows."""
+    """Commits, target seeds and machines of the rows."""
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
@@ -177,12 +188,12 @@ def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
 
 def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     """The whole page."""
-    poisoned = [row for row in rows if row["attack"] in MATRIX]
+    poisoned = [row for row in rows if is_cell(row)]
     cells = len(SPECS) * len(MATRIX)
     parts = [
         "# Detection",
         "",
-        "Written by `python -m benchmarks.tables` from `detection.json`. " + describe_runs(rows),
+        "Written by `python -m benchmarks.tables` from `detection.json`. " + describe_runs(poisoned),
         "",
         f"{len({(r['dataset'], r['attack']) for r in poisoned})} of {cells} cells are recorded. "
         "AUROC: all clean evaluation images, misclassified ones too, against the triggered images that reach the attacker's "
@@ -211,6 +222,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         *render_costs(poisoned),
     ]
     parts += render_published(poisoned)
+    parts += render_others([row for row in rows if row["attack"] in MATRIX and not is_cell(row)])
     parts += render_controls([row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
@@ -220,7 +232,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
 
 def render_summary(rows: list[Row]) -> str:
     """The README's table: each cell with the guard's closed form and the best peer, worst first."""
-    poisoned = [row for row in rows if row["attack"] in MATRIX]
+    poisoned = [row for row in rows if is_cell(row)]
     lines = [
         "| cell | ASR before → after (5 % FPR) | AUROC | TPR at 1 % FPR | AUROC, network off | best peer (AUROC) |",
         "| --- | --- | --- | --- | --- | --- |",

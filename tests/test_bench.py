@@ -69,6 +69,10 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     page = tables.render_page([stored], [], [])
     assert "Shapes, BadNets" in page and f"{stored['auroc']:.4f}" in page and "1 of 30 cells" in page
     assert f"{stored['auroc']:.4f}" in tables.render_summary([stored])
+    more = tables.render_page([stored, stored | {"seed": 1}, stored | {"target": "convnext"}], [], [])
+    first, others = more.split("## Other networks, other target seeds")
+    assert "1 of 30 cells" in first and first.count("Shapes, BadNets") == page.count("Shapes, BadNets")
+    assert "| small_cnn, seed 1 |" in others and "| convnext |" in others and "Target seed 0," in first
 
 
 @pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:-1] + b"?"), Path.unlink])
