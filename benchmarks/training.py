@@ -53,7 +53,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
     to_channels_last(network).to(device)
     size = TUNING_BATCH if network.pretrained else 512 if len(train) >= LARGE else 128
     an_epoch = len(train) // size
-    epochs = round(spec.epochs * attack.stretch)
+    epochs = round(spec.epochs * attack.stretch * network.stretch)
     steps = epochs * an_epoch
     optimizers = make_optimizers(network, size)
     schedules = [

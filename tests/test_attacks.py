@@ -185,3 +185,10 @@ def test_an_attack_may_stretch_the_training(monkeypatch):
     train_target(spec, "small_cnn", make_attack("badnets", spec, 0), make_split().train, 0, lines.append)
     assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert ATTACKS["idba"].stretch == 2.5
+
+
+def test_a_network_may_stretch_it_too(monkeypatch):
+    monkeypatch.setattr(NETWORKS["convnext"], "stretch", 2.0)
+    lines: list[str] = []
+    train_target(replace(SPEC, epochs=1), "convnext", make_attack("none", SPEC, 0), make_split().train, 0, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]

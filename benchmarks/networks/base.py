@@ -15,10 +15,12 @@ class Classifier(nn.Module, ABC):
         mean, std: (C, 1, 1) normalisation, part of the graph.
         pretrained: whether training starts from weights learned elsewhere.
         dense: whether most of the work is in convolutions over all channels, not depthwise ones.
+        stretch: epochs over those of the image set's usual network.
     """
 
     pretrained = False
     dense = True
+    stretch = 1.0
     head: nn.Linear
     mean: torch.Tensor
     std: torch.Tensor

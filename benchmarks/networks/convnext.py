@@ -29,6 +29,7 @@ class ConvNext(Classifier):
     """ConvNeXt-like: convolutional stem, three stages of two blocks with strided convolutions between; no batch norm inside."""
 
     WIDTHS: Final = (64, 128, 256)
+    stretch = 3.0
 
     def __init__(self, channels: int, classes: int, side: int) -> None:
         super().__init__(channels)
