@@ -3,7 +3,8 @@
 usage: python -m benchmarks.serving.session_settings [--targets resnet18_32,resnet50_224] [--rounds 60]
 
 Writes benchmarks/results/session_settings.json. The guarded path is one graph (`--placement shared --loop whole`), so that
-nothing but the session stands between image and score. A CPU is measured; a GPU's sessions are `make gpu-check`'s.
+nothing but the session stands between image and score. No thread spins, or it would take the cores from the form that comes
+next (decision 0009). A CPU is measured; a GPU's sessions are `make gpu-check`'s.
 """
 
 import argparse
@@ -44,7 +45,6 @@ CHANGES: Final[dict[str, Change]] = {
     "no optimisation": partial(set_option, "graph_optimization_level", ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
     "one thread": partial(set_option, "intra_op_num_threads", 1),
     "parallel execution": partial(set_option, "execution_mode", ort.ExecutionMode.ORT_PARALLEL),
-    "waiting threads spin": lambda options: options.add_session_config_entry("session.intra_op.allow_spinning", "1"),
 }
 
 
