@@ -33,6 +33,7 @@ from benchmarks.settings import RESULTS, ROOT, describe_machine, find_commit
 from diffense import names
 from diffense.bench.statistics import Statistics, summarise
 from diffense.errors import DiffenseError, OptionError
+from diffense.graphs import first_line
 from diffense_export.engine import Device, find_device, open_engine
 
 JSON: Final = RESULTS / "gpu.json"
@@ -106,7 +107,7 @@ def measure_target(name: str, seconds: float, progress: Callable[[str], None]) -
                 with start() as runs:
                     rows += [{"target": name, "way": way} | row for row in measure_runs(graphs, runs, truth, seconds)]
             except Exception as error:  # onnxruntime's errors share no base; one way that fails takes no other's figures
-                failed.append(f"{name}, {way}: {str(error).splitlines()[0]}")
+                failed.append(f"{name}, {way}: {first_line(error)}")
     return rows, failed
 
 

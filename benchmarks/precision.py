@@ -44,7 +44,7 @@ def probe_bfloat16() -> bool:
     return took[True] < took[False]
 
 
-def find_device() -> torch.device:
+def choose_device() -> torch.device:
     """Where targets are trained: the GPU that CUDA gives, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -155,14 +155,9 @@ def render_variants(rows: list[Row]) -> list[str]:
     return lines
 
 
-def render_controls(rows: list[Row]) -> list[str]:
-    """Targets outside the matrix: unpoisoned, or trained by an attacker who knows the guard."""
-    return ["", "## Controls", "", *render_matrix(rows)] if rows else []
-
-
-def render_others(rows: list[Row]) -> list[str]:
-    """The matrix's attacks on other networks and other seeds of the target."""
-    return ["", "## Other networks, other target seeds", "", *render_matrix(rows)] if rows else []
+def render_beside(title: str, rows: list[Row]) -> list[str]:
+    """A section of targets beside the thirty cells, with their own commits and machines."""
+    return ["", f"## {title}", "", describe_runs(rows), "", *render_matrix(rows)] if rows else []
 
 
 def render_shifts(rows: list[Row]) -> list[str]:
@@ -222,8 +217,9 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         *render_costs(poisoned),
     ]
     parts += render_published(poisoned)
-    parts += render_others([row for row in rows if row["attack"] in MATRIX and not is_cell(row)])
-    parts += render_controls([row for row in rows if row["attack"] not in MATRIX])
+    others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
+    parts += render_beside("Other networks, other target seeds", others)
+    parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
         parts += ["", "## Fewer clean images, other guard seeds", "", *render_variants(variants)]

@@ -16,7 +16,7 @@ from benchmarks.attacks.base import CPU, Attack
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.datasets import SPECS, Spec, Split, find_spec, load_split
 from benchmarks.networks import NETWORKS, Classifier
-from benchmarks.precision import find_device, to_channels_last
+from benchmarks.precision import choose_device, to_channels_last
 from benchmarks.settings import find_cache
 from benchmarks.training import predict, train_target
 from diffense.errors import OptionError
@@ -135,14 +135,13 @@ def get_target(cell: Cell, progress: Callable[[str], None]) -> TrainedTarget:
 def _train(cell: Cell, split: Split, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     spec = cell.spec
     attack = make_attack(cell.attack, spec, cell.seed)
-    attack.move(find_device())
+    attack.move(choose_device())
     if attack.poisons:
         attack.prepare(split.train, progress)
         network = train_target(spec, cell.network, attack, split.train, cell.seed, progress)
     else:
         network = get_target(make_cell(cell.dataset, "none", cell.network, cell.seed), progress).network
         attack.alter(network, split.train, progress)
-    network.cpu()
     attack.move(CPU)
     for module in attack.networks().values():
         module.eval()

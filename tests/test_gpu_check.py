@@ -59,7 +59,7 @@ def test_a_row_a_batch_with_both_sides_and_their_ratios(graphs):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_plans_of_the_three_graphs_are_built_for_the_measured_batches(graphs, monkeypatch, precision):
+def test_plans_of_every_graph_are_built_for_the_measured_batches(graphs, monkeypatch, precision):
     with open_plans(graphs, AheadOfTime(load(monkeypatch)), precision) as runs, open_onnxruntime(graphs, CPU) as truth:
         image = graphs.draw(8)
         reference = graphs.ask(truth, "fused", image)

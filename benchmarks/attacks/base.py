@@ -94,7 +94,7 @@ class Attack(ABC):
         del share
 
     def alter(self, network: Classifier, train: Images, progress: Progress) -> None:
-        """Alter a trained network, for attacks that do not poison its training."""
+        """Alter a trained network, for attacks that do not poison its training; it comes on the CPU and stays there."""
         del network, train, progress
 
     def cross(self, images: Pixels) -> Pixels | None:

@@ -74,6 +74,7 @@ class Htba(Attack):
         pixels = np.concatenate([train.pixels[rest], poisons])
         labels = np.concatenate([train.labels[rest], np.full(len(poisons), self.target)])
         self.tune_head(network, pixels, labels, rng)
+        network.cpu()
 
     def craft(self, network: Classifier, images: Pixels, triggered: Pixels, progress: Progress) -> Pixels:
         """Move target images' features onto those of triggered source images: (N, H, W, C) uint8 twice -> the poisons."""

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from benchmarks.serving.floor import write_graphs
 from diffense import names
 from diffense.errors import OptionError
 from diffense.graphs import load_model, save_graph
@@ -16,8 +17,6 @@ from diffense.guard import Guard
 from diffense_export.engine import Engine, Shapes
 from diffense_export.half import convert_half
 from diffense_export.parity import draw_smooth_noise
-from diffense_export.scorer import build_scorer
-from diffense_export.whole import build_whole
 
 BATCHES: Final = (1, 8, 32)
 
@@ -30,10 +29,8 @@ class Graphs:
 
     def __init__(self, target: Path, guard: Guard, folder: Path) -> None:
         self.guard, self.folder = guard, folder
-        self.files = {"production": target, "tapped": guard.tapped_path}
-        for name, graph in (("scorer", build_scorer(guard)), ("whole", build_whole(guard))):
-            self.files[name] = folder / f"{name}.onnx"
-            save_graph(graph, self.files[name])
+        written = write_graphs(guard, target, folder)
+        self.files = {name: written[name] for name in ("production", "tapped", "scorer", "whole")}
 
     def find(self, name: str, precision: str) -> Path:
         """A graph's file, in half precision where ``fp16`` is wanted."""
