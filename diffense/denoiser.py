@@ -20,7 +20,8 @@ from diffense.precond import scale
 
 HIDDEN: Final = 128
 BLOCKS: Final = 2
-PER_TAP: Final = "nmka,kab->nmkb"  # each tap with a matrix of its own
+BY_TAP: Final = "nmka->nkma"  # rows of a tap side by side, so that each tap's own matrix meets all of them
+BY_ROW: Final = "nkma->nmka"
 NOISE_FREQUENCIES: Final = tuple(2.0**i for i in range(-2, 4))  # of c_noise, enough to tell sigma .1 from .12
 CONSTANTS: Final = frozenset({"frequencies", "phases"})  # stored with the weights, never trained
 
@@ -82,7 +83,7 @@ def denoise(
     Args:
         weights: as from `init_weights`, arrays of ``xp``.
         noised: (N, M, W) innovations with noise added.
-        sigma: (N, M, K) standard deviation of that noise, per row and tap.
+        sigma: (N, M, K) standard deviation of that noise, per row and tap; (1, M, K) where all images share it.
         guide: (N, G) label guide.
         shape: (M, K, d).
         label_guidance: w; 1 is the conditional denoiser itself.
@@ -92,8 +93,8 @@ def denoise(
         (N, M, W) restored innovations.
     """
     rows, taps, width = shape
-    x = xp.reshape(noised, (-1, rows, taps, width))
-    s = xp.reshape(sigma, (-1, rows, taps, 1))
+    x = xp.einsum(BY_TAP, xp.reshape(noised, (-1, rows, taps, width)))
+    s = xp.einsum(BY_TAP, xp.reshape(sigma, (-1, rows, taps, 1)))
     c_skip, c_out, c_in, c_noise = scale(s, xp)
     hidden = embed_rows(weights, x * c_in, c_noise, xp)
 
@@ -105,36 +106,37 @@ def denoise(
     if label_guidance != 1.0:
         unguided = restore(guide * 0.0)
         restored = unguided + label_guidance * (restored - unguided)
-    return xp.reshape(restored, (-1, rows, taps * width))
+    return xp.reshape(xp.einsum(BY_ROW, restored), (-1, rows, taps * width))
 
 
 def embed_rows(weights: Mapping[str, Any], scaled: Any, c_noise: Any, xp: Any) -> Any:
-    """(N, M, K, d) scaled input and (N, M, K, 1) c_noise -> (N, M, K, H)."""
+    """(N, K, M, d) scaled input and (N, K, M, 1) c_noise -> (N, K, M, H)."""
     phases = xp.tanh(c_noise * weights["frequencies"] + weights["phases"])
-    return xp.einsum(PER_TAP, scaled, weights["in"]) + phases @ weights["noise"] + weights["in_bias"]
+    return scaled @ weights["in"] + (phases @ weights["noise"] + weights["in_bias"])
 
 
 def embed_context(weights: Mapping[str, Any], guide: Any, taps: int, xp: Any) -> Any:
-    """(N, G) guide -> (N, 1, K, H), what each tap's rows are modulated by."""
+    """(N, G) guide -> (N, K, 1, H), what each tap's rows are modulated by."""
     units = weights["in_bias"].shape[0]
     context = xp.reshape(guide @ weights["context_guide"], (-1, 1, units)) + weights["context_tap"]
     context = silu(silu(context, xp) @ weights["context"], xp)
-    return xp.reshape(context, (-1, 1, taps, units))
+    return xp.reshape(context, (-1, taps, 1, units))
 
 
 def predict(weights: Mapping[str, Any], hidden: Any, context: Any, xp: Any) -> Any:
-    """(N, M, K, H) rows and (N, 1, K, H) context -> (N, M, K, d): the network F, residual blocks modulated by the context."""
+    """(N, K, M, H) rows and (N, K, 1, H) context -> (N, K, M, d): the network F, residual blocks modulated by the context."""
     for block in range(BLOCKS):
         gain = context @ weights[f"gain_{block}"] + 1.0
         shift = context @ weights[f"shift_{block}"]
         inner = silu(hidden @ weights[f"up_{block}"] * gain + shift, xp)
         hidden = hidden + inner @ weights[f"down_{block}"]
-    return xp.einsum(PER_TAP, silu(hidden, xp), weights["out"]) + weights["out_bias"]
+    bias = xp.reshape(weights["out_bias"], (-1, 1, weights["out_bias"].shape[1]))
+    return silu(hidden, xp) @ weights["out"] + bias
 
 
 def silu(x: Any, xp: Any) -> Any:
-    """``x sigmoid(x)``, through tanh, which does not overflow."""
-    return x * 0.5 * (xp.tanh(x * 0.5) + 1.0)
+    """``x sigmoid(x)``; NumPy, which has no sigmoid, gets it through tanh, which does not overflow."""
+    return x * (0.5 * np.tanh(0.5 * x) + 0.5 if xp is np else xp.sigmoid(x))
 
 
 def build_denoiser(weights: Mapping[str, NDArray[np.float32]], shape: tuple[int, int, int], label_guidance: float) -> ir.Model:

@@ -114,21 +114,30 @@ class OnnxNamespace:
         """Hyperbolic tangent."""
         return self.record("Tanh", x)
 
+    def sigmoid(self, x: OnnxArray) -> OnnxArray:
+        """``1 / (1 + exp(-x))``."""
+        return self.record("Sigmoid", x)
+
     def maximum(self, x: OnnxArray, y: Any) -> OnnxArray:
         """Elementwise maximum."""
         return self.record("Max", x, y)
 
-    def reshape(self, x: OnnxArray, shape: Sequence[int]) -> OnnxArray:
-        """Reshape; one dimension may be -1."""
+    def reshape(self, x: Any, shape: Sequence[int]) -> Any:
+        """Reshape; one dimension may be -1; numbers stay numbers."""
+        if not isinstance(x, OnnxArray):
+            return np.reshape(x, shape)
         return self._append("Reshape", [x.value, self.constant(shape, np.int64)])
 
     def concatenate(self, arrays: Sequence[OnnxArray], axis: int) -> OnnxArray:
         """Join arrays along one axis."""
         return self.record("Concat", *arrays, axis=axis)
 
-    def einsum(self, equation: str, x: Any, y: Any) -> OnnxArray:
-        """Einstein sum of two arrays."""
-        return self.record("Einsum", x, y, equation=equation)
+    def einsum(self, equation: str, x: Any) -> Any:
+        """Einstein sum of one array that moves its axes and sums none; numbers stay numbers."""
+        if not isinstance(x, OnnxArray):
+            return np.einsum(equation, x)
+        before, after = equation.split("->")
+        return self.record("Transpose", x, perm=[before.index(axis) for axis in after])
 
     def sum(self, x: OnnxArray, axis: int) -> OnnxArray:
         """Sum over one axis."""

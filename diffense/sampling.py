@@ -13,7 +13,7 @@ SIGMA_MIN: Final = 0.02  # last noise level of a ladder of several steps, EDM's 
 RHO: Final = 7.0  # EDM's schedule exponent (eq. 5)
 
 Denoise = Callable[[Any, Any, Any], Any]
-"""(noised (N, M, W), sigma (N, M, K), guide (N, G)) -> sample (N, M, W): one guided step."""
+"""(noised (N, M, W), sigma (1, M, K) float32, guide (N, G)) -> sample (N, M, W): one guided step."""
 
 
 def draw_noise(levels: int, draws: int, size: int, seed: int) -> NDArray[np.float32]:
@@ -91,11 +91,10 @@ def sample(
     inspected = xp.reshape(innovation, (-1, 1, size))
     per_row = np.repeat(ladder, draws, axis=1).astype(np.float32)  # (steps + 1, M, K)
     per_entry = np.repeat(per_row, width, axis=2)  # (steps + 1, M, W)
-    nothing = xp.reshape(xp.mean(innovation, axis=1), (-1, 1, 1)) * 0.0  # (N, 1, 1), carries the batch size
     x = inspected + xp.asarray(noise * per_entry[0])
     for now, following, sigma in zip(per_entry[:-1], per_entry[1:], per_row[:-1], strict=True):
         level = xp.asarray(now)
-        restored = denoise(x, nothing + xp.asarray(sigma), guide)
+        restored = denoise(x, xp.asarray(sigma[None]), guide)
         restored = pull(restored, inspected, level, data_guidance) if data_guidance else restored
         # The step to sigma 0 lands on the restored value itself; written out it would divide rounding errors by sigma.
         x = restored if not following.any() else x + xp.asarray(following - now) * ((x - restored) / level)
@@ -103,9 +102,11 @@ def sample(
 
 
 def in_float32(denoise: Denoise) -> Denoise:
-    """Wrap a float32 graph for float64 arithmetic around it."""
+    """Wrap a float32 graph, which takes sigma (N, M, K), for float64 arithmetic around it."""
 
-    def step(*operands: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(denoise(*(np.asarray(o, np.float32) for o in operands)), np.float64)
+    def step(noised: NDArray[np.float64], sigma: NDArray[np.float64], guide: NDArray[np.float64]) -> NDArray[np.float64]:
+        each = np.broadcast_to(sigma, (len(noised), *sigma.shape[1:]))
+        operands = (np.ascontiguousarray(array, np.float32) for array in (noised, each, guide))
+        return np.asarray(denoise(*operands), np.float64)
 
     return step

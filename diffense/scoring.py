@@ -6,7 +6,7 @@ evidence.
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Final
 
 import numpy as np
@@ -57,13 +57,11 @@ class Half:
 
     Attributes:
         cut: (d, d_h) picks them.
-        means: (K, d_h, C) class means, laid out for one product a tap.
-        lengths: (K, C) squared lengths of these.
+        means: (K, d_h, C) class means times -2, laid out for one product a tap.
     """
 
     cut: NDArray[np.float64]
     means: NDArray[np.float64]
-    lengths: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -95,20 +93,39 @@ class Formula:
     allowance: Allowance | None = None
 
     @cached_property
+    def parts(self) -> tuple[int, ...]:
+        """The P parts whose distances are measured of every tap; a narrow one has no rest."""
+        return (WHOLE, LEAD, REST) if self.width > LEADING else (WHOLE,)
+
+    @cached_property
+    def spans(self) -> NDArray[np.float64]:
+        """(d, P) one where a direction belongs to a part."""
+        lead = np.arange(self.width) < LEADING
+        spans = {WHOLE: np.ones(self.width), LEAD: lead.astype(np.float64), REST: 1.0 - lead}
+        return np.stack([spans[part] for part in self.parts], axis=1)
+
+    @cached_property
     def halves(self) -> list[Half]:
-        """A tap's leading directions and the rest, which a narrow tap lacks."""
-        means = self.guidance.means.reshape(len(self.guidance.means), -1, self.width).transpose(1, 2, 0)
-        cuts = np.split(np.eye(self.width), [LEADING], axis=1) if self.width > LEADING else [np.eye(self.width)]
-        own = [np.ascontiguousarray(cut.T @ means) for cut in cuts]
-        return [Half(cut, part, np.sum(part**2, axis=1)) for cut, part in zip(cuts, own, strict=True)]
+        """A tap's leading directions and the rest, or a narrow tap as a whole."""
+        cuts = np.split(np.eye(self.width), [LEADING], axis=1) if len(self.parts) > 1 else [np.eye(self.width)]
+        return [Half(cut, np.ascontiguousarray(-2.0 * cut.T @ self._means)) for cut in cuts]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.float64]:
+        """(K P, C) squared lengths of the class means."""
+        lengths = np.einsum("kdc,dp->kpc", self._means**2, self.spans)
+        return np.asarray(lengths.reshape(-1, len(self.guidance.means)))
+
+    @property
+    def _means(self) -> NDArray[np.float64]:
+        return self.guidance.means.reshape(len(self.guidance.means), -1, self.width).transpose(1, 2, 0)
 
     @cached_property
     def chosen_parts(self) -> NDArray[np.float64]:
-        """(P K, M) picks what `list_parts` names from the P parts of all K taps; recorded graphs have no slices."""
-        taps = len(self.guidance.bias) // self.width
-        order = [LEAD, REST, WHOLE] if len(self.halves) > 1 else [WHOLE]
-        columns = [order.index(part) * taps + tap for tap, part in list_parts(self.bands.any(axis=1), self.width)]
-        return np.eye(len(order) * taps)[:, columns]
+        """(K P, M) picks what `list_parts` names from the parts of all taps; recorded graphs have no slices."""
+        places = {name: i for i, name in enumerate(product(range(len(self.lengths) // len(self.parts)), self.parts))}
+        columns = [places[name] for name in list_parts(self.bands.any(axis=1), self.width)]
+        return np.eye(len(places))[:, columns]
 
     @cached_property
     def last_entry(self) -> NDArray[np.float64]:
@@ -211,25 +228,29 @@ def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any
 
     Of each tap as a whole, of its leading directions and of the rest (docs/decisions/0015).
     """
-    z = xp.reshape(latents, (-1, len(formula.guidance.bias) // formula.width, formula.width))
-    parts = [_measure_distances(half, z @ half.cut, xp) for half in formula.halves]
-    if len(parts) > 1:
-        parts.append(parts[0] + parts[1])
+    distance = _measure_distances(formula, latents, xp)
     hot = xp.reshape(label, (-1, 1, len(formula.guidance.means)))
     rivals = FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0))
-    ratios = []
-    for distance in parts:
-        own, other = xp.sum(distance * hot, axis=2), xp.amin(distance + rivals, axis=2)
-        ratios.append(xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY))
-    return xp.concatenate(ratios, axis=1) @ formula.chosen_parts
+    own, other = xp.sum(distance * hot, axis=2), xp.amin(distance + rivals, axis=2)
+    ratio = xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
+    chosen = formula.chosen_parts
+    return ratio if np.array_equal(chosen, np.eye(len(chosen))) else ratio @ chosen
 
 
-def _measure_distances(half: Half, z: Any, xp: Any) -> Any:
-    """Squared distances to all class means: (N, K, d_h) -> (N, K, C)."""
-    taps, directions, classes = half.means.shape
-    length = xp.reshape(xp.sum(z * z, axis=2), (-1, taps, 1))
-    cross = xp.reshape(xp.reshape(z, (-1, taps, 1, directions)) @ half.means, (-1, taps, classes))
-    return length - 2.0 * cross + half.lengths
+def _measure_distances(formula: Formula, latents: Any, xp: Any) -> Any:
+    """Squared distances to all class means: (N, W) -> (N, K P, C)."""
+    places, classes = formula.lengths.shape
+    z = xp.reshape(latents, (-1, places // len(formula.parts), formula.width))
+    cross = [xp.reshape(z @ half.cut, (-1, *_list_rows(half))) @ half.means for half in formula.halves]
+    joined = xp.concatenate([cross[0] + cross[1], *cross], axis=2) if len(cross) > 1 else cross[0]
+    squares = xp.reshape((z * z) @ formula.spans, (-1, places, 1))
+    return squares + xp.reshape(joined, (-1, places, classes)) + formula.lengths
+
+
+def _list_rows(half: Half) -> tuple[int, int, int]:
+    """A tap's directions as one row for one product: (K, 1, d_h)."""
+    taps, directions, _ = half.means.shape
+    return taps, 1, directions
 
 
 def fit_allowance(log_mismatch: NDArray[np.float64], doubt: NDArray[np.float64]) -> Allowance:

@@ -55,7 +55,11 @@ def test_the_untrained_network_orders_inputs_as_the_closed_form_chain(
 ) -> None:
     formula = make_formula(steps=steps, sigmas=[[sigma] * TAPS], data_guidance=weight)
     start = {k: v.astype(np.float64) for k, v in init_weights(TAPS, WIDTH, CLASSES, np.random.default_rng(seed)).items()}
-    step = partial(denoise, start, shape=(4, TAPS, WIDTH), label_guidance=1.0, xp=np)
+    restore = partial(denoise, start, shape=(4, TAPS, WIDTH), label_guidance=1.0, xp=np)
+
+    def step(noised: Any, noise_level: Any, guide: Any) -> Any:
+        return restore(noised, noise_level.astype(np.float64), guide)
+
     residual, guide = np.random.default_rng(seed).normal(0, 2, (20, SIZE)), np.eye(CLASSES)[np.arange(20) % CLASSES]
     chain = measure_strangeness(formula, residual, guide, None, np)
     np.testing.assert_allclose(chain, (residual @ formula.transform) ** 2 @ formula.bands)
