@@ -28,7 +28,7 @@ import onnxruntime
 
 from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.serving.runtimes import BATCHES, Arrays, Graphs, Run, open_onnxruntime, open_plans
+from benchmarks.serving.runtimes import ASIDE, BATCHES, Arrays, Graphs, Run, open_onnxruntime, open_plans
 from benchmarks.settings import RESULTS, ROOT, describe_machine, find_commit
 from diffense import names
 from diffense.bench.statistics import Statistics, summarise
@@ -39,7 +39,7 @@ from diffense_export.engine import Device, find_device, open_engine
 JSON: Final = RESULTS / "gpu.json"
 PAGE: Final = RESULTS / "gpu.md"
 PRECISIONS: Final = ("fp32", "fp16")
-LOOPS: Final = ("fused", "whole")
+LOOPS: Final = ("fused", ASIDE, "whole")
 NEEDED: Final = (
     "gpu-check needs a machine with an NVIDIA GPU and its driver (nvidia-smi shows none here); with onnxruntime-gpu it "
     "measures the CUDA provider, with tensorrt and polygraphy plans"
@@ -49,13 +49,14 @@ NEEDED: Final = (
 def measure_runs(graphs: Graphs, runs: Mapping[str, Run], truth: Mapping[str, Run], seconds: float) -> list[dict[str, Any]]:
     """A row a batch and loop: unguarded and guarded in turns, and what differs from onnxruntime on the CPU."""
     rows = []
+    runs = {**runs, ASIDE: truth["scorer"]}
     entry = graphs.guard.manifest.input.name
     for batch in BATCHES:
         image = graphs.draw(batch)
         reference = graphs.ask(truth, "fused", image)
         calls = [partial(runs["production"], {entry: image}), *(partial(graphs.ask, runs, loop, image) for loop in LOOPS)]
-        unguarded, *both = time_in_turns(calls, batch, seconds)
-        for loop, guarded in zip(LOOPS, both, strict=True):
+        unguarded, *loops = time_in_turns(calls, batch, seconds)
+        for loop, guarded in zip(LOOPS, loops, strict=True):
             ours = graphs.ask(runs, loop, image)
             row: dict[str, Any] = {"loop": loop, "batch": batch, "unguarded": asdict(unguarded), "guarded": asdict(guarded)}
             row |= {
@@ -127,7 +128,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         f"{report['commit']}. Tests marked `gpu`: {report['tests']}.",
         "",
         "One process, no server; unguarded is the production graph; guarded is tapped and scorer graph one after the other "
-        "(`fused`) or one graph of both (`whole`).",
+        "(`fused`), the scorer on one core of the CPU if told so, or one graph of both (`whole`).",
         *(f"\nDid not run: {reason}" for reason in report["failed"]),
         "",
         "| target | with | loop | batch | p50 ms | guarded | p99 ms | guarded | images/s | guarded | p50 ratio "

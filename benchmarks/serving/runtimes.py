@@ -19,6 +19,7 @@ from diffense_export.half import convert_half
 from diffense_export.parity import draw_smooth_noise
 
 BATCHES: Final = (1, 8, 32)
+ASIDE: Final = "fused, scorer on the CPU"
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
@@ -54,13 +55,16 @@ class Graphs:
         return preprocessing.apply(draw_smooth_noise(batch, preprocessing.size, preprocessing.channels))
 
     def ask(self, runs: Mapping[str, Run], loop: str, image: NDArray[Any]) -> Arrays:
-        """Production outputs, latents and score of a batch, as with ``--placement shared`` and this loop."""
+        """Production outputs, latents and score of a batch, as with ``--placement shared`` and this loop.
+
+        `ASIDE` asks the run of that name instead of the scorer's.
+        """
         if loop == "whole":
             found = runs["whole"]({self.guard.manifest.input.name: image})
             return found | {names.SCORE: found[names.RAW_SCORE]}
         seen = runs["tapped"]({self.guard.manifest.input.name: image})
         logits = seen[self.guard.manifest.logits].reshape(len(image), -1).astype(np.float32, copy=False)
-        return seen | runs["scorer"]({names.LATENTS: seen[names.LATENTS], names.LOGITS: logits})
+        return seen | runs[ASIDE if loop == ASIDE else "scorer"]({names.LATENTS: seen[names.LATENTS], names.LOGITS: logits})
 
 
 class Bound:
@@ -117,7 +121,9 @@ def open_onnxruntime(
 
     def start(path: Path) -> Run:
         options: Any = [(provider, {"use_tf32": 0, "enable_cuda_graph": int(captured)})] if cuda else [provider]
-        session = onnxruntime.InferenceSession(str(path), providers=options)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1 if path == graphs.files["scorer"] else 0  # too small to be shared by cores
+        session = onnxruntime.InferenceSession(str(path), settings, providers=options)
         if session.get_providers()[0] != provider:
             raise OptionError(f"onnxruntime cannot use {provider} here: CUDA or cuDNN is missing, or of another version")
         if captured:
