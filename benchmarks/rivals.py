@@ -12,7 +12,8 @@ from benchmarks.inspection import score_inspected, take
 from benchmarks.metrics import measure_detection
 from benchmarks.peers import make_peer
 from benchmarks.peers.base import Inspected, Model
-from benchmarks.settings import find_commit
+from benchmarks.precision import choose_device
+from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import TrainedTarget
 from diffense.errors import OptionError
 from diffense.guard import Guard
@@ -35,6 +36,7 @@ def measure_closed_form(
     found = asdict(measure_detection(scores["calibration"], scores["clean"], right, triggered, reached))
     return {name: found[name] for name in FIGURES if name in found} | {
         "commit": find_commit(),
+        "machine": describe_machine(),
         "target_forwards": 1.0,
         "score_ms": round(milliseconds, 3),
         "images": [len(scores["clean"]), len(triggered)],
@@ -65,13 +67,18 @@ def measure_peer(
         progress: told what is going on.
     """
     peer = make_peer(name)
-    model = Model(target.network, target.cell.spec.classes)
+    model = Model(target.network.to(choose_device()), target.cell.spec.classes)
     start = time.monotonic()
     try:
         peer.fit(model, views["fit"], labels)
     except OptionError as error:
         progress(f"{name}: {error}")
-        return dict.fromkeys(FIGURES) | {"commit": find_commit(), "images": [0, 0], "reason": str(error)}
+        return dict.fromkeys(FIGURES) | {
+            "commit": find_commit(),
+            "machine": describe_machine(),
+            "images": [0, 0],
+            "reason": str(error),
+        }
     progress(f"{name}: fitted in {time.monotonic() - start:.1f} s")
     clean, triggered = np.arange(len(views["clean"].logits)), np.arange(len(reached))
     calibration = np.arange(len(views["calibration"].logits))
@@ -91,6 +98,7 @@ def measure_peer(
     after = None if detection.tpr_at_fpr5 is None else (1.0 - detection.tpr_at_fpr5) * float(reached.mean())
     return {
         "commit": find_commit(),
+        "machine": describe_machine(),
         "auroc": detection.auroc,
         "auroc_right": detection.auroc_right,
         "tpr_at_fpr1": detection.tpr_at_fpr1,

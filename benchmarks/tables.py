@@ -128,13 +128,15 @@ def render_published(rows: list[Row]) -> list[str]:
 
 
 def render_costs(rows: list[Row]) -> list[str]:
-    """What scoring one image costs, mean over the cells."""
+    """What scoring one image costs, mean over the cells; a peer's time counts where it ran on its row's machine."""
     lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
     lines.append(f"| Diffense | 1 | {show(average(row['score_ms'] for row in rows), '.2f')} | all |")
     for name in list_peers(rows):
         found = [row["peers"][name] for row in rows if name in row["peers"]]
         images = "all" if all(peer["images"] != [500, 500] for peer in found) else "500 + 500"
-        forwards, milliseconds = (average(peer[key] for peer in found) for key in ("target_forwards", "score_ms"))
+        timed = [row["peers"][name] | {"at": row["machine"]} for row in rows if name in row["peers"]]
+        times = (peer["score_ms"] for peer in timed if peer.get("machine", peer["at"]) == peer["at"])
+        forwards, milliseconds = average(peer["target_forwards"] for peer in found), average(times)
         lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
     return lines
 
