@@ -214,7 +214,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "## Cost",
         "",
         "Milliseconds on the machine above, in batches. Those of Diffense and of every peer with target forwards of its own "
-        "include them; the peers on the guard's latents are timed without the one pass that gives the latents.",
+        "include them; the peers on the guard's latents are timed without the one pass that gives the latents. What ran "
+        "on another machine alone (a GPU; `detection.json` tells which) has none.",
         "",
         *render_costs(poisoned),
     ]
