@@ -14,7 +14,7 @@ from benchmarks.metrics import count_scores, measure_detection, trace_curve
 from benchmarks.rivals import CLOSED_FORM, measure_closed_form, measure_peer
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
-from diffense.clean import split_rows
+from diffense.clean import count_calibration, split_rows
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.target import Target
@@ -37,13 +37,13 @@ class Evaluated:
     triggered: Pixels
 
 
-def prepare_cell(cell: Cell, clean_per_class: int | None, progress: Callable[[str], None]) -> Evaluated:
-    """Get the target, the defender's images (at most so many a class) and the evaluation images."""
+def prepare_cell(cell: Cell, clean_per_class: int | None, progress: Callable[[str], None], seed: int = 0) -> Evaluated:
+    """Get the target, the defender's images (at most so many a class, chosen by the seed) and the evaluation images."""
     target = get_target(cell, progress)
     split = load_split(cell.dataset)
     clean = split.clean
     if clean_per_class is not None:
-        clean = clean.take(pick_per_class(clean.labels, clean_per_class, np.random.default_rng(cell.seed)))
+        clean = clean.take(pick_per_class(clean.labels, clean_per_class, np.random.default_rng(seed)))
     rows = target.attack.attacked(split.evaluation.labels)
     return Evaluated(target, clean, split.evaluation, target.attack.trigger(split.evaluation.pixels[rows]))
 
@@ -61,21 +61,22 @@ def evaluate_cell(
     Args:
         cell: which.
         clean_per_class: most clean images a class that the defender has; None for all.
-        guard_seed: of the guard's fit.
+        guard_seed: of the guard's fit, and of the choice of few images.
         peers: keys of `benchmarks.peers.PEERS`.
         progress: told what is going on.
 
     Returns:
         One row of ``detection.json``.
     """
-    found = prepare_cell(cell, clean_per_class, progress)
+    found = prepare_cell(cell, clean_per_class, progress, guard_seed)
     start = time.monotonic()
     guard = fit_cell(found, clean_per_class, guard_seed, progress)
     fit_seconds = time.monotonic() - start
     defender = inspect_images(guard, found.clean.pixels)
-    # The guard's own split of the defender's images; the peers get the same.
+    # The guard's own split of the defender's images, where it splits them; the peers get the same.
     generator = np.random.default_rng(guard.manifest.seed)
-    fit_rows, calibration_rows = split_rows(defender.predicted, guard.manifest.calibration_size, generator)
+    size = count_calibration(len(found.clean), guard.manifest.alpha)
+    fit_rows, calibration_rows = split_rows(defender.predicted, size, generator)
     views = {
         "fit": take(defender, fit_rows),
         "calibration": take(defender, calibration_rows),
@@ -85,10 +86,10 @@ def evaluate_cell(
     start = time.monotonic()
     guard.score(found.evaluation.pixels[:1000])
     score_ms = (time.monotonic() - start) / min(1000, len(found.evaluation)) * 1e3
-    scores = {name: score_inspected(guard, view) for name, view in views.items()}
+    scores = {name: score_inspected(guard, views[name]) for name in ("clean", "triggered")}
     reached = views["triggered"].logits.argmax(1) == found.target.attack.target
     right = views["clean"].logits.argmax(1) == found.evaluation.labels
-    detection = measure_detection(scores["calibration"], scores["clean"], right, scores["triggered"], reached)
+    detection = measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], reached)
     row = {
         "dataset": cell.dataset,
         "stand_in": cell.spec.stand_in,

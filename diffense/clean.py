@@ -17,6 +17,8 @@ CALIBRATION_SHARE: Final = 0.4
 MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of few images
 FEWEST_FIT_IMAGES: Final = 20
 FEWEST_IMAGES: Final = 34  # of which FEWEST_FIT_IMAGES are left when the usual share calibrates
+FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, by folds (docs/decisions/0023)
+FEW_COPIES: Final = 6  # of each image where there are few
 
 Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float64], list[NDArray[np.float64]]]]
 """(N, H, W, C) pixels -> (N, classes) logits and the (N, P) pooled features of each tap."""
@@ -42,6 +44,12 @@ class CleanSet:
     def labels(self) -> NDArray[np.int64]:
         """(n,) predicted labels."""
         return np.asarray(self.logits.argmax(axis=1), np.int64)
+
+    def take(self, rows: NDArray[np.bool_]) -> "CleanSet":
+        """These (n,) rows, which hold the original of each of their copies."""
+        kept = rows[: self.originals]
+        source = (np.cumsum(kept) - 1)[self.source[rows]]
+        return CleanSet(self.logits[rows], [tap[rows] for tap in self.pooled], source, int(kept.sum()))
 
 
 def count_calibration(images: int, alpha: float) -> int:
@@ -119,23 +127,25 @@ def collect_clean(
     run: Run,
     generator: np.random.Generator,
 ) -> CleanSet:
-    """Add, to what the target makes of the images to fit on, what it makes of copies that keep their label."""
+    """Add, to what the target makes of the images to fit on, what it makes of copies that keep their label.
+
+    One copy of each image, or up to six where images are few.
+    """
 
     def predict(changed: NDArray[np.uint8]) -> NDArray[np.int64]:
         seen.append(run(changed))
         return np.asarray(seen[-1][0].argmax(axis=1), np.int64)
 
     seen: list[tuple[Any, Any]] = []
-    copies, source = make_copies(images, logits.argmax(axis=1), predict, generator)
     rows = np.arange(len(images))
-    if not len(copies):
-        return CleanSet(logits, pooled, rows, len(images))
-    copy_logits, copy_pooled = seen[-1]
+    parts = [(logits, pooled, rows)]
+    count = FEW_COPIES if len(images) < FEW_IMAGES else 1
+    for _, source in make_copies(images, logits.argmax(axis=1), predict, generator, count):
+        copy_logits, copy_pooled = seen[-1]
+        parts.append((copy_logits[source], [tap[source] for tap in copy_pooled], source))
+    every, taps, sources = zip(*parts, strict=True)
     return CleanSet(
-        np.concatenate([logits, copy_logits[source]]),
-        [np.concatenate([a, b[source]]) for a, b in zip(pooled, copy_pooled, strict=True)],
-        np.concatenate([rows, source]),
-        len(images),
+        np.concatenate(every), [np.concatenate(tap) for tap in zip(*taps, strict=True)], np.concatenate(sources), len(images)
     )
 
 

@@ -1,6 +1,7 @@
 """More latents from the same clean images: changed copies, only where the target keeps its label on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice
 from typing import Final
 
 import numpy as np
@@ -27,7 +28,14 @@ def shift(images: Pixels, generator: np.random.Generator) -> Pixels:
     return np.stack([p[y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)])
 
 
-CHANGES: Final[tuple[Callable[[Pixels, np.random.Generator], Pixels], ...]] = (mirror, shift)
+def mirror_and_shift(images: Pixels, generator: np.random.Generator) -> Pixels:
+    """(N, H, W, C) -> the same, mirrored, then shifted."""
+    return shift(mirror(images, generator), generator)
+
+
+Change = Callable[[Pixels, np.random.Generator], Pixels]
+FIRST: Final[tuple[Change, ...]] = (mirror, shift)
+MORE: Final[tuple[Change, ...]] = (mirror_and_shift, shift)
 
 
 def make_copies(
@@ -35,21 +43,26 @@ def make_copies(
     labels: NDArray[np.int64],
     predict: Callable[[Pixels], NDArray[np.int64]],
     generator: np.random.Generator,
-) -> tuple[Pixels, NDArray[np.int64]]:
-    """Change every image by the first change that preserves labels.
+    count: int = 1,
+) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
+    """Change every image by changes that preserve labels, so many times; twice as many changes are tried.
 
     Args:
         images: (N, H, W, C) uint8.
         labels: (N,) what the target predicts on them.
         predict: the target's labels on other pixels.
         generator: of the random shifts.
+        count: most copies of one image.
 
-    Returns:
-        (M, H, W, C) copies that keep their label, M <= N, and (M,) the index of the image each was made from.
+    Yields:
+        For each change (M, H, W, C) copies that keep their label, M <= N, and (M,) the index of the image each was made from.
     """
-    for change in CHANGES:
+    made = 0
+    for change in islice(chain(FIRST, cycle(MORE)), 2 * count):
         changed = np.ascontiguousarray(change(images, generator))
         same = predict(changed) == labels
         if same.mean() >= KEEPS_LABEL:
-            return changed[same], np.flatnonzero(same)
-    return images[:0], np.zeros(0, np.int64)
+            yield changed[same], np.flatnonzero(same)
+            made += 1
+        if made == count:
+            return

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,6 +14,7 @@ import diffense
 from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
 from diffense.clean import CleanSet
+from diffense.crosscalibration import Score, score_crossed
 from diffense.crossfit import LatentSet, cross_fit, learn_network, measure_reference
 from diffense.denoiser import build_denoiser
 from diffense.errors import OptionError
@@ -36,7 +38,7 @@ from diffense.rule import fit_rule
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer, name_evidence
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
-from diffense.tapping import compare_shared, write_tapped
+from diffense.tapping import compare_shared, project_taps, whiten, write_tapped
 from diffense.target import Target
 
 SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
@@ -179,11 +181,17 @@ def fit_guard(
             seed=settings.seed,
             files={},
         )
-        write_scorer(folder, scorer, manifest)
-        calibrate_bundle(folder, images[calibration_rows], settings.alpha)
+        if prepared.crossed:
+            parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
+            scores = score_crossed(clean, parts, prepared.generator)
+            write_scorer(folder, replace(scorer, calibration=np.sort(scores)), manifest)
+        else:
+            write_scorer(folder, scorer, manifest)
+            calibrate_bundle(folder, images[calibration_rows], settings.alpha)
     low, high = manifest.false_alarm_interval
+    how = ", each scored by a fit without it" if prepared.crossed else ""
     notify(
-        f"calibrated on {calibration_size} images: at alpha {settings.alpha:g} the false-alarm rate will lie between "
+        f"calibrated on {calibration_size} images{how}: at alpha {settings.alpha:g} the false-alarm rate will lie between "
         f"{low:.2%} and {high:.2%} (90 % interval)"
     )
     return Guard.load(out)
@@ -252,6 +260,25 @@ def fit_scorer(
     rule = fit_rule([reference.strange, mismatch], name_evidence(formula, used, network.used))
     scorer = Scorer(formula, rule, used, np.zeros(1, np.float32), settings.alpha, network.used)
     return latent_set, scorer, weights, network
+
+
+def fit_part(
+    clean: CleanSet,
+    kind: Kind,
+    target: Target,
+    sigmas: NDArray[np.float64],
+    settings: FitSettings,
+    network: NetworkReport,
+) -> Score:
+    """Fit whitening and scorer on a part of the clean images as they are fitted on all, with a network if those have one."""
+    whitenings, latents = whiten(clean, kind, target.probabilities)
+    same = replace(settings, network="on" if network.used else "off")
+    generator = np.random.default_rng(settings.seed)
+    latent_set, scorer, weights, _ = fit_scorer(
+        clean, latents, kind, target.probabilities, sigmas, same, generator, ignore_progress
+    )
+    denoise = None if weights is None else open_denoiser(_build_denoiser(weights, sigmas, latent_set.width, settings))
+    return lambda logits, pooled: scorer.score(logits, project_taps(whitenings, pooled), denoise).scores
 
 
 def _build_denoiser(

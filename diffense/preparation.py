@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.clean import CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.clean import FEW_IMAGES, CleanSet, collect_clean, count_calibration, decide_guide, split_rows
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
 from diffense.latent import Whitening
@@ -22,7 +22,7 @@ class Prepared:
 
     Attributes:
         labels: (N,) predicted labels of all clean images.
-        fit_rows, calibration_rows: row numbers, disjoint.
+        fit_rows, calibration_rows: row numbers, disjoint; where images are few both are all of them.
         clean: logits and pooled features of the rows to fit on, and of their copies.
         whitenings: of each tap.
         latents: (n, K d) of the clean set.
@@ -38,6 +38,11 @@ class Prepared:
     latents: NDArray[np.float64]
     kind: Kind
     generator: np.random.Generator
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the same images are fitted on and calibrate."""
+        return np.array_equal(self.fit_rows, self.calibration_rows)
 
 
 def prepare_clean(
@@ -72,7 +77,10 @@ def prepare_clean(
     logits, pooled = run(images)
     labels = logits.argmax(axis=1)
     kind = decide_guide(labels, target.classes, guide, notify)
-    fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
+    if len(images) < FEW_IMAGES:
+        fit_rows = calibration_rows = np.arange(len(images))
+    else:
+        fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
     clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
     whitenings, latents = whiten(clean, kind, target.probabilities)
     return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)

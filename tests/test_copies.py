@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from diffense.clean import collect_clean
+from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean
 from diffense.copies import KEEPS_LABEL, make_copies, mirror, shift
 
 Pixels = NDArray[np.uint8]
@@ -40,7 +41,7 @@ def by_pixels(images: Pixels) -> NDArray[np.int64]:
 
 
 def copy(images: Pixels, predict: Predict, seed: int = 0) -> tuple[Pixels, NDArray[np.int64]]:
-    return make_copies(images, predict(images), predict, np.random.default_rng(seed))
+    return next(make_copies(images, predict(images), predict, np.random.default_rng(seed)), (images[:0], np.zeros(0, np.int64)))
 
 
 def test_images_are_mirrored_where_labels_survive_it() -> None:
@@ -76,7 +77,7 @@ def test_only_copies_that_keep_their_label_are_kept(share: float, mirrored: bool
         mirrors = np.array_equal(changed, images[:, :, ::-1])
         return (np.arange(100) >= (share * 100 if mirrors else 97)).astype(np.int64)
 
-    copies, source = make_copies(images, labels, predict, np.random.default_rng(0))
+    [(copies, source)] = make_copies(images, labels, predict, np.random.default_rng(0))
     assert np.array_equal(source, np.arange(90 if mirrored else 97))
     assert np.array_equal(copies, images[:90, :, ::-1]) == mirrored
 
@@ -107,12 +108,46 @@ def test_the_clean_set_holds_originals_first_and_each_copy_with_what_the_target_
 
     logits, pooled = run(images)
     clean = collect_clean(images, logits, pooled, run, np.random.default_rng(0))
-    copies, source = make_copies(images, by_side(images), by_side, np.random.default_rng(0))
+    made = list(make_copies(images, by_side(images), by_side, np.random.default_rng(0), FEW_COPIES))
+    assert len(made) == FEW_COPIES, "forty images are few"
+    copies, source = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
     assert clean.originals == 40 and np.array_equal(clean.source, np.concatenate([np.arange(40), source]))
     expected_logits, expected = run(np.concatenate([images, copies]))
     assert np.array_equal(clean.logits, expected_logits)
     assert all(np.array_equal(a, b) for a, b in zip(clean.pooled, expected, strict=True))
     assert np.array_equal(clean.labels, by_side(images)[clean.source])
+
+
+def test_where_images_are_not_few_each_is_copied_once() -> None:
+    images = draw_images(FEW_IMAGES)
+
+    def run(pixels: Pixels) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
+        return np.eye(2)[by_brightness(pixels)], [np.zeros((len(pixels), 2))]
+
+    clean = collect_clean(images, *run(images), run, np.random.default_rng(0))
+    assert np.array_equal(clean.source, np.tile(np.arange(FEW_IMAGES), 2))
+
+
+def test_further_copies_are_shifted_and_mirrored_where_labels_survive_it() -> None:
+    images = draw_images()
+    made = list(make_copies(images, by_brightness(images), by_brightness, np.random.default_rng(0), 4))
+    assert len(made) == 4
+    assert np.array_equal(made[0][0], images[:, :, ::-1])
+    assert all((a != b).any() for (a, _), (b, _) in pairwise(made))
+    assert all(np.array_equal(by_brightness(copies), by_brightness(images)[source]) for copies, source in made)
+
+
+@given(st.integers(2, 30), st.integers(0, 99))
+def test_a_part_of_a_clean_set_keeps_copies_with_their_originals(originals: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    source = np.concatenate([np.arange(originals), rng.integers(0, originals, 2 * originals)])
+    clean = CleanSet(np.eye(originals)[source], [source[:, None].astype(np.float64)], source, originals)
+    kept = rng.random(originals) < 0.6
+    part = clean.take(kept[source])
+    assert part.originals == kept.sum()
+    assert np.array_equal(part.source[: part.originals], np.arange(part.originals))
+    assert np.array_equal(part.pooled[0][:, 0], np.flatnonzero(kept)[part.source]), "each row stands for its own original"
+    assert np.array_equal(part.labels, part.pooled[0][:, 0])
 
 
 def test_a_clean_set_without_copies_is_what_was_given() -> None:

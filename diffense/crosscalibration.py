@@ -1,0 +1,35 @@
+"""Calibration where clean images are few: each is scored by a scorer that was fitted on the other folds.
+
+Vovk 2015, "Cross-conformal predictors": all images are fitted on and all calibrate. The false-alarm rate can exceed alpha, up
+to twice in the worst case; since the guard itself is fitted on more images than any fold's scorer, it is below it as a rule.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffense.chain import assign_folds
+from diffense.clean import CleanSet
+from diffense.crossfit import FOLDS
+
+Matrix = NDArray[np.float64]
+Score = Callable[[Matrix, list[Matrix]], NDArray[np.float32]]
+"""((N, C) logits, the (N, P) pooled features of each tap) -> (N,) scores."""
+
+
+def score_crossed(clean: CleanSet, fit: Callable[[CleanSet], Score], generator: np.random.Generator) -> NDArray[np.float32]:
+    """(n,) scores of the originals, each from what was fitted on the other folds and their copies.
+
+    Args:
+        clean: what the guard is fitted on.
+        fit: makes a scorer of a part of it.
+        generator: of the folds.
+    """
+    folds = assign_folds(clean.labels[: clean.originals], FOLDS, generator)
+    scores = np.empty(clean.originals, np.float32)
+    for fold in np.unique(folds):
+        held = np.flatnonzero(folds == fold)
+        score = fit(clean.take(folds[clean.source] != fold))
+        scores[held] = score(clean.logits[held], [tap[held] for tap in clean.pooled])
+    return scores

@@ -1,0 +1,70 @@
+"""Few clean images: all are fitted on, and all calibrate by fits without them."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import shapes
+from diffense.clean import FEW_IMAGES, CleanSet
+from diffense.crosscalibration import score_crossed
+from diffense.fit import FitSettings, fit_guard
+from diffense.target import Target
+
+
+def make_set(originals: int, copies: int, classes: int, rng: np.random.Generator) -> CleanSet:
+    source = np.tile(np.arange(originals), 1 + copies)
+    return CleanSet(np.eye(classes)[source % classes], [np.stack([source, rng.random(len(source))], 1)], source, originals)
+
+
+@pytest.mark.parametrize(("originals", "copies"), [(23, 0), (40, 3), (5, 1)])
+def test_no_image_is_scored_by_a_fit_that_has_seen_it_or_a_copy_of_it(originals, copies):
+    clean = make_set(originals, copies, 4, np.random.default_rng(0))
+    parts = []
+
+    def fit(part: CleanSet):
+        seen = set(part.pooled[0][:, 0].astype(int))
+        assert len(part.source) == len(seen) * (1 + copies)
+        parts.append(seen)
+
+        def score(logits: NDArray[np.float64], pooled: list[NDArray[np.float64]]) -> NDArray[np.float32]:
+            images = pooled[0][:, 0].astype(int)
+            assert not seen & set(images) and len(logits) == len(images)
+            return images.astype(np.float32)
+
+        return score
+
+    scores = score_crossed(clean, fit, np.random.default_rng(1))
+    assert np.array_equal(scores, np.arange(originals)), "each score stands at its own image"
+    assert set.union(*parts) == set(range(originals))
+
+
+@pytest.fixture(scope="module")
+def few_guard(small_target, tmp_path_factory):
+    images = shapes.draw_shapes(120, seed=3)[0]
+    notes: list[str] = []
+    out = tmp_path_factory.mktemp("few") / "g"
+    return (
+        fit_guard(Target.open(small_target), images, out, settings=FitSettings(alpha=0.05), notify=notes.append),
+        images,
+        notes,
+    )
+
+
+def test_few_images_are_all_fitted_on_and_all_calibrate(few_guard):
+    guard, images, notes = few_guard
+    report = guard.manifest.clean
+    assert report.given == report.fitted == report.calibrated == guard.manifest.calibration_size == len(images) < FEW_IMAGES
+    assert any("each scored by a fit without it" in note for note in notes)
+
+
+def test_their_calibration_scores_are_not_those_of_images_that_were_fitted_on(few_guard):
+    guard, images, _ = few_guard
+    own, crossed = np.sort(guard.score(images).scores), guard.scorer.calibration
+    assert np.array_equal(crossed, np.sort(crossed)) and len(crossed) == len(images)
+    assert np.quantile(own, 0.9) < np.quantile(crossed, 0.9)
+
+
+def test_false_alarms_on_fresh_images_stay_near_alpha(few_guard):
+    guard, _, _ = few_guard
+    fresh = shapes.draw_shapes(1500, seed=4)[0]
+    assert guard.score(fresh).flagged.mean() < 2 * 0.05
