@@ -59,12 +59,14 @@ class GuardDescription(BaseModel):
         """Name -> text of what a user asks first."""
         m = self.manifest
         low, high = m.false_alarm_interval
+        crossed = m.clean.fitted == m.clean.given and m.calibration_size == m.clean.calibrated
+        same = ", the same ones by folds" if crossed else ""
         sigmas = ", ".join(str(row[0]) if len(set(row)) == 1 else str(list(row)) for row in m.sampling.sigmas)
         return {
             "guard": self.guard_id,
             "of": f"{m.target_name} (SHA-256 {m.target_sha256[:16]}…)",
             "alpha": f"{m.alpha:g}, realised between {low:.2%} and {high:.2%} (90 % interval)",
-            "clean images": f"{m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate",
+            "clean images": f"{m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate{same}",
             "guided by": m.clean.guide,
             "network": f"{'on' if m.network.used else 'off'}: {m.network.reason}",
             "sampling": f"sigma {sigmas}; {m.sampling.steps} steps, {m.sampling.draws} draws",

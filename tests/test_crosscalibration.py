@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 import shapes
 from diffense.clean import FEW_IMAGES, CleanSet
 from diffense.crosscalibration import score_crossed
+from diffense.description import describe_guard
 from diffense.fit import FitSettings, fit_guard
 from diffense.target import Target
 
@@ -55,6 +56,7 @@ def test_few_images_are_all_fitted_on_and_all_calibrate(few_guard):
     report = guard.manifest.clean
     assert report.given == report.fitted == report.calibrated == guard.manifest.calibration_size == len(images) < FEW_IMAGES
     assert any("each scored by a fit without it" in note for note in notes)
+    assert "120 calibrate, the same ones by folds" in describe_guard(guard.directory).facts()["clean images"]
 
 
 def test_their_calibration_scores_are_not_those_of_images_that_were_fitted_on(few_guard):
