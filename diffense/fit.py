@@ -14,7 +14,7 @@ import diffense
 from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
 from diffense.clean import CleanSet
-from diffense.crosscalibration import Score, score_crossed
+from diffense.crosscalibration import FOLDS, Score, score_crossed
 from diffense.crossfit import LatentSet, cross_fit, learn_network, measure_reference
 from diffense.denoiser import build_denoiser
 from diffense.errors import OptionError
@@ -182,6 +182,7 @@ def fit_guard(
             files={},
         )
         if prepared.crossed:
+            notify(f"few images: calibrating by {FOLDS} fits, each without some of them")
             parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
             scores = score_crossed(clean, parts, prepared.generator)
             write_scorer(folder, replace(scorer, calibration=np.sort(scores)), manifest)
