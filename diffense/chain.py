@@ -22,18 +22,18 @@ class Chain:
     transform: Matrix
 
 
-def shrink_covariance(centred: Matrix) -> Matrix:
+def shrink_covariance(centred: Matrix, independent: int | None = None) -> Matrix:
     """Ledoit–Wolf covariance of rows that are already centred, (n, p) -> (p, p).
 
     Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices", lemma 3.4; the estimate
-    turns with the data under an orthogonal map.
+    turns with the data under an orthogonal map. Of rows that repeat each other no more than `independent` count.
     """
     n, p = centred.shape
     sample = centred.T @ centred / n
     scale = np.trace(sample) / p
     spread = np.sum((sample - scale * np.eye(p)) ** 2)
     norms = np.sum(centred**2, axis=1)
-    noise = (np.sum(norms**2) / n - np.sum(sample**2)) / n
+    noise = (np.sum(norms**2) / n - np.sum(sample**2)) / min(n, independent or n)
     weight = min(1.0, noise / spread) if spread > 0.0 else 1.0
     return np.asarray((1.0 - weight) * sample + weight * scale * np.eye(p))
 
@@ -43,6 +43,7 @@ def fit_chain(
     width: int,
     used: NDArray[np.bool_],
     sigma: float,
+    independent: int | None = None,
 ) -> Chain:
     """Fit the chain on clean residuals.
 
@@ -55,13 +56,14 @@ def fit_chain(
         width: d.
         used: (W,) False where an entry is padding.
         sigma: noise at which the shallower taps are seen, > 0.
+        independent: how many of the rows count as independent, all by default.
 
     Returns:
         The chain; innovations of the fitted rows have about unit variance.
     """
     size = residual.shape[1]
     covariance = np.zeros((size, size))
-    covariance[np.ix_(used, used)] = shrink_covariance(residual[:, used])
+    covariance[np.ix_(used, used)] = shrink_covariance(residual[:, used], independent)
     transform = np.zeros((size, size))
     for tap in range(size // width):
         k = np.flatnonzero(used[tap * width : (tap + 1) * width]) + tap * width

@@ -52,6 +52,11 @@ class CleanSet:
         return CleanSet(self.logits[rows], [tap[rows] for tap in self.pooled], source, int(kept.sum()))
 
 
+def count_independent(source: NDArray[np.int64]) -> int:
+    """How many rows count as independent when a covariance is shrunk: an image and its first copy, not the further ones."""
+    return min(len(source), 2 * len(np.unique(source)))
+
+
 def count_calibration(images: int, alpha: float) -> int:
     """How many of the clean images calibrate: two fifths, more where alpha needs more, never above three fifths.
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.chain import Chain, assign_folds, fit_chain
+from diffense.clean import count_independent
 from diffense.errors import OptionError
 from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
 from diffense.manifest import NetworkReport
@@ -52,7 +53,7 @@ class LatentSet:
         """Fit guidance and chain on these rows; with the guidance of the whole set given, their guide is the same."""
         guidance = fit_guidance(self.latents[rows], self.logits[rows], self.kind, self.probabilities, like)
         residual = self.guide(guidance, rows)[1]
-        return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma)
+        return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma, count_independent(self.source[rows]))
 
     def guide(self, guidance: Guidance, rows: NDArray[np.bool_]) -> tuple[Matrix, Matrix]:
         """(n, G) guide and (n, W) residual of these rows."""

@@ -128,7 +128,7 @@ def append_latents(
     return joined
 
 
-def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH) -> Whitening:
+def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH, independent: int | None = None) -> Whitening:
     """Whiten a tap with the Ledoit–Wolf shrunk within-class covariance.
 
     An orthogonal map of the pooled features leaves the latents as they are: the directions turn along, and their sign is the
@@ -138,6 +138,7 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH) -> Whiten
         pooled: (n, P) of clean images.
         centred: (n, P) the same minus each row's guided mean.
         width: most directions to keep.
+        independent: how many of the rows count as independent, all by default.
     """
     n, p = centred.shape
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
@@ -145,7 +146,7 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH) -> Whiten
     norms = np.sum(centred**2, axis=1)
     scale = variances.sum() / p
     spread = np.sum(variances**2) - p * scale**2  # ||S - scale I||^2 from the eigenvalues alone
-    noise = (np.mean(norms**2) - np.sum(variances**2)) / n
+    noise = (np.mean(norms**2) - np.sum(variances**2)) / min(n, independent or n)
     weight = min(1.0, noise / spread) if spread > 0.0 else 1.0
     usable = int(np.sum(variances > LEAST_VARIANCE * max(variances[0], 1e-30)))
     kept = max(1, min(width, usable, n // ROWS_PER_DIRECTION))

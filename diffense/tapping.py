@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from diffense.clean import CleanSet, Run
+from diffense.clean import CleanSet, Run, count_independent
 from diffense.graphs import open_session, run_batched, save_graph
 from diffense.guidance import Kind, average_by_label, fit_guidance, one_hot, split_mean
 from diffense.images import Preprocessing
@@ -59,7 +59,7 @@ def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[White
         else:
             guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
             centred = split_mean(guidance, pooled, clean.logits, probabilities)[1]
-        whitenings.append(fit_whitening(pooled, centred))
+        whitenings.append(fit_whitening(pooled, centred, independent=count_independent(clean.source)))
     return whitenings, project_taps(whitenings, clean.pooled)
 
 

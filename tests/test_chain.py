@@ -31,6 +31,14 @@ def test_the_covariance_of_nothing_but_zeros_is_zero() -> None:
     assert np.array_equal(shrink_covariance(np.zeros((5, 3))), np.zeros((3, 3)))
 
 
+def test_rows_that_repeat_each_other_shrink_as_if_they_stood_there_once():
+    data = np.random.default_rng(2).normal(size=(30, 12))
+    repeated = np.tile(data, (7, 1))
+    np.testing.assert_allclose(shrink_covariance(repeated, independent=30), shrink_covariance(data), rtol=1e-12)
+    assert not np.allclose(shrink_covariance(repeated), shrink_covariance(data))
+    assert np.array_equal(shrink_covariance(data, independent=60), shrink_covariance(data))
+
+
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 1.0, 5.0])
 def test_the_chain_is_the_conditional_gaussian_of_the_precision_matrix(sigma: float) -> None:
     residual = draw_residual(60)

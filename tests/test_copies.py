@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean
+from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean, count_independent
 from diffense.copies import KEEPS_LABEL, make_copies, mirror, shift
 
 Pixels = NDArray[np.uint8]
@@ -148,6 +148,12 @@ def test_a_part_of_a_clean_set_keeps_copies_with_their_originals(originals: int,
     assert np.array_equal(part.source[: part.originals], np.arange(part.originals))
     assert np.array_equal(part.pooled[0][:, 0], np.flatnonzero(kept)[part.source]), "each row stands for its own original"
     assert np.array_equal(part.labels, part.pooled[0][:, 0])
+
+
+def test_an_image_and_one_copy_count_as_independent_and_no_more() -> None:
+    once = np.arange(9)
+    assert [count_independent(np.tile(once, n)) for n in (1, 2, 7)] == [9, 18, 18]
+    assert count_independent(np.concatenate([once, once[:4]])) == 13
 
 
 def test_a_clean_set_without_copies_is_what_was_given() -> None:
