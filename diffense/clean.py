@@ -131,11 +131,9 @@ def collect_clean(
     pooled: list[NDArray[np.float64]],
     run: Run,
     generator: np.random.Generator,
+    copies: int = 1,
 ) -> CleanSet:
-    """Add, to what the target makes of the images to fit on, what it makes of copies that keep their label.
-
-    One copy of each image, or up to six where images are few.
-    """
+    """Add, to what the target makes of the images to fit on, what it makes of so many copies that keep their label."""
 
     def predict(changed: NDArray[np.uint8]) -> NDArray[np.int64]:
         seen.append(run(changed))
@@ -144,8 +142,7 @@ def collect_clean(
     seen: list[tuple[Any, Any]] = []
     rows = np.arange(len(images))
     parts = [(logits, pooled, rows)]
-    count = FEW_COPIES if len(images) < FEW_IMAGES else 1
-    for _, source in make_copies(images, logits.argmax(axis=1), predict, generator, count):
+    for _, source in make_copies(images, logits.argmax(axis=1), predict, generator, copies):
         copy_logits, copy_pooled = seen[-1]
         parts.append((copy_logits[source], [tap[source] for tap in copy_pooled], source))
     every, taps, sources = zip(*parts, strict=True)

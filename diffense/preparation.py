@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.clean import FEW_IMAGES, CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean, count_calibration, decide_guide, split_rows
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
 from diffense.latent import Whitening
@@ -77,10 +77,12 @@ def prepare_clean(
     logits, pooled = run(images)
     labels = logits.argmax(axis=1)
     kind = decide_guide(labels, target.classes, guide, notify)
-    if len(images) < FEW_IMAGES:
+    few = len(images) < FEW_IMAGES
+    if few:
         fit_rows = calibration_rows = np.arange(len(images))
     else:
         fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
-    clean = collect_clean(images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled], run, generator)
+    fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
+    clean = collect_clean(*fitted, run, generator, FEW_COPIES if few else 1)
     whitenings, latents = whiten(clean, kind, target.probabilities)
     return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean, count_independent
+from diffense.clean import CleanSet, collect_clean, count_independent
 from diffense.copies import KEEPS_LABEL, make_copies, mirror, shift
 
 Pixels = NDArray[np.uint8]
@@ -107,25 +107,15 @@ def test_the_clean_set_holds_originals_first_and_each_copy_with_what_the_target_
         return np.eye(2)[by_side(pixels)] * 5, [flat[:, :3], flat @ np.ones((flat.shape[1], 2))]
 
     logits, pooled = run(images)
-    clean = collect_clean(images, logits, pooled, run, np.random.default_rng(0))
-    made = list(make_copies(images, by_side(images), by_side, np.random.default_rng(0), FEW_COPIES))
-    assert len(made) == FEW_COPIES, "forty images are few"
+    clean = collect_clean(images, logits, pooled, run, np.random.default_rng(0), 3)
+    made = list(make_copies(images, by_side(images), by_side, np.random.default_rng(0), 3))
+    assert len(made) == 3
     copies, source = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
     assert clean.originals == 40 and np.array_equal(clean.source, np.concatenate([np.arange(40), source]))
     expected_logits, expected = run(np.concatenate([images, copies]))
     assert np.array_equal(clean.logits, expected_logits)
     assert all(np.array_equal(a, b) for a, b in zip(clean.pooled, expected, strict=True))
     assert np.array_equal(clean.labels, by_side(images)[clean.source])
-
-
-def test_where_images_are_not_few_each_is_copied_once() -> None:
-    images = draw_images(FEW_IMAGES)
-
-    def run(pixels: Pixels) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-        return np.eye(2)[by_brightness(pixels)], [np.zeros((len(pixels), 2))]
-
-    clean = collect_clean(images, *run(images), run, np.random.default_rng(0))
-    assert np.array_equal(clean.source, np.tile(np.arange(FEW_IMAGES), 2))
 
 
 def test_further_copies_are_shifted_and_mirrored_where_labels_survive_it() -> None:
