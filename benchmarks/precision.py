@@ -45,7 +45,7 @@ def probe_bfloat16() -> bool:
 
 
 def choose_device() -> torch.device:
-    """Where targets are trained: the GPU that CUDA gives, else the CPU."""
+    """Where targets are trained and peers run: the GPU that CUDA gives, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

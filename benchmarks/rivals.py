@@ -25,6 +25,11 @@ FIGURES: Final = (
 EXPENSIVE_IMAGES: Final = 500  # clean and triggered images each on which an expensive peer is tried
 
 
+def note_origin() -> dict[str, str]:
+    """Commit and machine, which a peer's figures may not share with the rest of their row."""
+    return {"commit": find_commit(), "machine": describe_machine()}
+
+
 def measure_closed_form(
     guard: Guard, views: dict[str, Inspected], right: NDArray[np.bool_], reached: NDArray[np.bool_]
 ) -> dict[str, Any]:
@@ -35,8 +40,7 @@ def measure_closed_form(
     triggered = score_inspected(guard, views["triggered"])
     found = asdict(measure_detection(scores["calibration"], scores["clean"], right, triggered, reached))
     return {name: found[name] for name in FIGURES if name in found} | {
-        "commit": find_commit(),
-        "machine": describe_machine(),
+        **note_origin(),
         "target_forwards": 1.0,
         "score_ms": round(milliseconds, 3),
         "images": [len(scores["clean"]), len(triggered)],
@@ -59,7 +63,7 @@ def measure_peer(
 
     Args:
         name: of the peer.
-        target: what is guarded.
+        target: what is guarded; its network goes to the GPU where CUDA finds one, and stays there.
         views: fit, calibration, clean and triggered images.
         labels: (n,) true labels of the fit images.
         right: (N,) whether the target classifies the clean images as their true label.
@@ -73,12 +77,7 @@ def measure_peer(
         peer.fit(model, views["fit"], labels)
     except OptionError as error:
         progress(f"{name}: {error}")
-        return dict.fromkeys(FIGURES) | {
-            "commit": find_commit(),
-            "machine": describe_machine(),
-            "images": [0, 0],
-            "reason": str(error),
-        }
+        return dict.fromkeys(FIGURES) | note_origin() | {"images": [0, 0], "reason": str(error)}
     progress(f"{name}: fitted in {time.monotonic() - start:.1f} s")
     clean, triggered = np.arange(len(views["clean"].logits)), np.arange(len(reached))
     calibration = np.arange(len(views["calibration"].logits))
@@ -97,8 +96,7 @@ def measure_peer(
     # Over all triggered inputs, also where an expensive peer saw only some that reach the label.
     after = None if detection.tpr_at_fpr5 is None else (1.0 - detection.tpr_at_fpr5) * float(reached.mean())
     return {
-        "commit": find_commit(),
-        "machine": describe_machine(),
+        **note_origin(),
         "auroc": detection.auroc,
         "auroc_right": detection.auroc_right,
         "tpr_at_fpr1": detection.tpr_at_fpr1,

@@ -127,6 +127,12 @@ def render_published(rows: list[Row]) -> list[str]:
     ]
 
 
+def is_measured_here(row: Row, name: str) -> bool:
+    """Whether a row has this peer from its own machine; older figures name none."""
+    peer = row["peers"].get(name)
+    return peer is not None and peer.get("machine", row["machine"]) == row["machine"]
+
+
 def render_costs(rows: list[Row]) -> list[str]:
     """What scoring one image costs, mean over the cells; a peer's time counts where it ran on its row's machine."""
     lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
@@ -134,9 +140,8 @@ def render_costs(rows: list[Row]) -> list[str]:
     for name in list_peers(rows):
         found = [row["peers"][name] for row in rows if name in row["peers"]]
         images = "all" if all(peer["images"] != [500, 500] for peer in found) else "500 + 500"
-        timed = [row["peers"][name] | {"at": row["machine"]} for row in rows if name in row["peers"]]
-        times = (peer["score_ms"] for peer in timed if peer.get("machine", peer["at"]) == peer["at"])
-        forwards, milliseconds = average(peer["target_forwards"] for peer in found), average(times)
+        forwards = average(peer["target_forwards"] for peer in found)
+        milliseconds = average(row["peers"][name]["score_ms"] for row in rows if is_measured_here(row, name))
         lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
     return lines
 
@@ -144,15 +149,15 @@ def render_costs(rows: list[Row]) -> list[str]:
 def render_variants(rows: list[Row]) -> list[str]:
     """Fewer clean images, other seeds of the guard."""
     lines = [
-        "| cell | clean images a class | guard seed | AUROC | TPR at 5 % | network |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| cell | clean images a class | guard seed | AUROC | TPR at 5 % | FPR at 5 % | network |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         images = row["clean_per_class"] or "all"
         network = "on" if row["network"]["used"] else "off"
         lines.append(
             f"| {name_cell(row)} | {images} | {row['guard_seed']} | {show(row['auroc'])} | {show(row['tpr_at_fpr5'], '.3f')} "
-            f"| {network} |"
+            f"| {show(row['fpr_at_5'])} | {network} |"
         )
     return lines
 

@@ -116,6 +116,8 @@ def fit_guard(
     clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
     all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
     calibration_size = len(calibration_rows)
+    low, high = bound_false_alarms(calibration_size, settings.alpha)
+    low = 0.0 if prepared.crossed else low  # a fold's scorer has seen less than the guard and tends to score higher
     sigmas = spread_sigmas(settings.sigmas, len(chosen))
     latent_set, scorer, weights, network = fit_scorer(
         clean, latents, kind, target.probabilities, sigmas, settings, prepared.generator, report
@@ -174,7 +176,7 @@ def fit_guard(
             ),
             alpha=settings.alpha,
             calibration_size=calibration_size,
-            false_alarm_interval=bound_false_alarms(calibration_size, settings.alpha),
+            false_alarm_interval=(low, high),
             shared_exact=shared[0],
             shared_max_difference=shared[1],
             shared_same_labels=shared[2],
@@ -189,7 +191,6 @@ def fit_guard(
         else:
             write_scorer(folder, scorer, manifest)
             calibrate_bundle(folder, images[calibration_rows], settings.alpha)
-    low, high = manifest.false_alarm_interval
     how = ", each scored by a fit without it" if prepared.crossed else ""
     notify(
         f"calibrated on {calibration_size} images{how}: at alpha {settings.alpha:g} the false-alarm rate will lie between "

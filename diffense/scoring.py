@@ -128,6 +128,11 @@ class Formula:
         return np.eye(len(places))[:, columns]
 
     @cached_property
+    def keeps_all(self) -> bool:
+        """Whether `chosen_parts` leaves everything as it is, so that a graph need not multiply by it."""
+        return np.array_equal(self.chosen_parts, np.eye(len(self.chosen_parts)))
+
+    @cached_property
     def last_entry(self) -> NDArray[np.float64]:
         """(G, 1) picks the doubt, the guide's last entry; a product, because recorded graphs have no slices."""
         column = np.zeros((len(self.guidance.slope), 1))
@@ -233,8 +238,7 @@ def measure_mismatch(formula: Formula, latents: Any, label: Any, xp: Any) -> Any
     rivals = FAR * (hot + np.where(formula.guidance.seen, 0.0, 1.0))
     own, other = xp.sum(distance * hot, axis=2), xp.amin(distance + rivals, axis=2)
     ratio = xp.maximum(own, 0.0) / (xp.maximum(other, 0.0) + TINY)
-    chosen = formula.chosen_parts
-    return ratio if np.array_equal(chosen, np.eye(len(chosen))) else ratio @ chosen
+    return ratio if formula.keeps_all else ratio @ formula.chosen_parts
 
 
 def _measure_distances(formula: Formula, latents: Any, xp: Any) -> Any:

@@ -5,10 +5,12 @@ import pytest
 from numpy.typing import NDArray
 
 import shapes
-from diffense.clean import FEW_IMAGES, CleanSet
+from diffense.bundle import recalibrate
+from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet
 from diffense.crosscalibration import score_crossed
 from diffense.description import describe_guard
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import FitSettings, default_preprocessing, fit_guard
+from diffense.preparation import prepare_clean
 from diffense.target import Target
 
 
@@ -55,6 +57,7 @@ def test_few_images_are_all_fitted_on_and_all_calibrate(few_guard):
     guard, images, notes = few_guard
     report = guard.manifest.clean
     assert report.given == report.fitted == report.calibrated == guard.manifest.calibration_size == len(images) < FEW_IMAGES
+    assert guard.manifest.false_alarm_interval[0] == 0.0 < 0.05 < guard.manifest.false_alarm_interval[1]
     assert any("each scored by a fit without it" in note for note in notes)
     assert "120 calibrate, the same ones by folds" in describe_guard(guard.directory).facts()["clean images"]
 
@@ -66,7 +69,28 @@ def test_their_calibration_scores_are_not_those_of_images_that_were_fitted_on(fe
     assert np.quantile(own, 0.9) < np.quantile(crossed, 0.9)
 
 
+@pytest.mark.parametrize(("count", "few"), [(FEW_IMAGES - 1, True), (FEW_IMAGES, False)])
+def test_only_few_images_are_all_fitted_on_and_copied_six_times(small_target, count, few):
+    target = Target.open(small_target)
+    shape = shapes.draw_shapes(1, seed=0)[0].shape[1:]
+    even = np.random.default_rng(0).integers(0, 256, (count, 1, 1, shape[2]), np.uint8)  # no mirror or shift changes these
+    images = np.broadcast_to(even, (count, *shape))
+    taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
+    prepared = prepare_clean(target, images, taps, preprocessing, 0.05, "auto", 0, lambda message: None)
+    assert prepared.crossed == few
+    assert len(prepared.clean.source) == len(prepared.fit_rows) * (1 + (FEW_COPIES if few else 1))
+    assert len(prepared.fit_rows) == (count if few else count - len(prepared.calibration_rows))
+
+
 def test_false_alarms_on_fresh_images_stay_near_alpha(few_guard):
     guard, _, _ = few_guard
     fresh = shapes.draw_shapes(1500, seed=4)[0]
     assert guard.score(fresh).flagged.mean() < 2 * 0.05
+
+
+def test_calibrating_with_fresh_images_gives_the_lower_bound_of_a_split_back(few_guard, guard, tmp_path):
+    fresh = recalibrate(few_guard[0], shapes.draw_shapes(200, seed=5)[0], 0.05, tmp_path / "g")
+    for split in (fresh, guard):
+        low, high = split.manifest.false_alarm_interval
+        assert 0 < low < split.manifest.alpha < high
+    assert "by folds" not in describe_guard(fresh.directory).facts()["clean images"]

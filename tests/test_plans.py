@@ -112,6 +112,7 @@ def test_whatever_fails_leaves_the_repository_as_it_was(repository, engine, monk
 
 
 def test_whole_numbers_bytes_and_one_number_an_image_keep_their_types(engine, tmp_path):
+    # Of fewer images some directions of the toys' last taps are all rounding, and float16 misses them.
     coarse = np.random.default_rng(1).integers(0, 256, (600, 4, 4, 3)).astype(np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2)
     models = {"several": onnx_models.add_outputs(onnx_models.plain_cnn(), "N"), "bytes": onnx_models.uint8_input()}
