@@ -19,6 +19,7 @@ OVERLOAD: Final = RESULTS / "overload.json"
 STREAM: Final = RESULTS / "stream.json"
 MEMORY: Final = RESULTS / "memory.json"
 REPEATS: Final = RESULTS / "repeats.json"
+TIMELINE: Final = RESULTS / "timeline.json"
 CASCADE: Final = RESULTS / "cascade.json"
 FLOOR: Final = RESULTS / "floor.json"
 PEERS_COST: Final = RESULTS / "peers_cost.json"
@@ -32,6 +33,7 @@ FLOOR_KEYS: Final = ("target", "batch", "machine")  # of session settings too
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
 STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
 REPEATS_KEYS: Final = ("target", "repeated", "machine")
+TIMELINE_KEYS: Final = ("target", "placement", "loop", "batch", "machine")
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
 
@@ -39,7 +41,7 @@ Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
     "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS,
-    "repeated": REPEATS_KEYS, "placement": SERVING_KEYS,
+    "repeated": REPEATS_KEYS, "steps_ms": TIMELINE_KEYS, "placement": SERVING_KEYS,
     "flops": FLOOR_KEYS, "settings_ms": FLOOR_KEYS, "forward_ms": COST_KEYS,
 }  # fmt: skip
 

@@ -101,6 +101,9 @@ class Request:
     def timeout(self) -> int:
         return self._timeout
 
+    def trace(self) -> str:
+        return f"trace of {self._identity}"
+
     def request_id(self) -> str:
         return self._identity
 
@@ -137,7 +140,7 @@ class FakeBackend:
 
     def __init__(self, **models: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
         backend = self
-        self.models, self.calls, self.logged, self.families = models, [], [], {}
+        self.models, self.calls, self.traces, self.logged, self.families = models, [], [], [], {}
 
         class InferenceRequest:
             def __init__(
@@ -147,9 +150,11 @@ class FakeBackend:
                 inputs: list[Tensor],
                 timeout: int,
                 preferred_memory: tuple[str, int],
+                trace: str | None = None,
             ) -> None:
                 assert preferred_memory == ("cpu", 0), "on a GPU, NumPy could not read the outputs"
                 self.model, self.wanted, self.timeout = model_name, requested_output_names, timeout
+                backend.traces.append((model_name, trace))
                 self.arrays = {tensor.name(): tensor.as_numpy() for tensor in inputs}
 
             def exec(self) -> InferenceResponse:

@@ -153,6 +153,20 @@ def test_a_request_whose_time_is_over_keeps_its_production_outputs(served):
     assert backend.calls == []
 
 
+def test_a_call_stands_in_the_trace_of_the_first_request_of_a_stack(served):
+    backend, service = served.guard_service()
+    bad = served.ask_guard([5], latents=served.latents[[5]] * np.nan, identity="refused")
+    service.answer([bad, served.ask_guard([0], identity="first"), served.ask_guard([1], identity="second")])
+    assert backend.traces == [("m_denoiser", "trace of first")] * served.steps
+
+
+def test_a_gateway_traces_the_call_that_cannot_outlive_its_request_alone(served):
+    backend, service = served.gateway_service()
+    service.answer([served.ask_gateway([0, 1], identity="r")])
+    service.close()
+    assert backend.traces == [("m", "trace of r"), ("m_features", None), ("m_guard", None)]
+
+
 def test_the_health_check_is_not_counted(served):
     backend, service = served.guard_service()
     service.answer([served.ask_guard([0], identity=REQUEST_ID), served.ask_guard([1, 2])])

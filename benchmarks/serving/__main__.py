@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 from benchmarks.records import SERVING, read_rows, write_row
 from benchmarks.serving.breakdown import Breakdown
-from benchmarks.serving.exports import IMAGES, PLACEMENTS, Served, choose, prepare_repository
+from benchmarks.serving.exports import IMAGES, LOOPS, PLACEMENTS, Served, choose, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import Measure, Scenario, choose_tool, compare_models, read_models
@@ -21,7 +21,6 @@ from diffense.errors import DiffenseError
 from diffense.names import GATEWAY_SUFFIX, GUARDED_SUFFIX
 from diffense.serve import TritonServer
 
-LOOPS: Final = ("bls", "fused", "whole")
 SCENARIOS: Final = (
     Scenario("grpc", 1, 1, False),
     Scenario("grpc", 8, 1, False),

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.plots import CLEAN, TRIGGERED, make_panels, write_figure
-from benchmarks.records import FLOOR, MEMORY, OVERLOAD, PEERS_COST, REPEATS, SERVING, STREAM, Row, read_rows
-from benchmarks.serving import floor, memory, overload, peers_cost, repeats, streaming
+from benchmarks.records import FLOOR, MEMORY, OVERLOAD, PEERS_COST, REPEATS, SERVING, STREAM, TIMELINE, Row, read_rows
+from benchmarks.serving import floor, memory, overload, peers_cost, repeats, streaming, timeline
 from benchmarks.settings import RESULTS
-from diffense.names import DENOISER_SUFFIX, FEATURES_SUFFIX, GUARD_SUFFIX, SCORER_SUFFIX, TAPPED_SUFFIX
 
 HEAD: Final = (
     "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
@@ -23,13 +22,13 @@ SHORT: Final = (
     "target", "placement", "loop", "batch 1: p50 ms", "ratio", "throughput ratio", "batch 8: p50 ms", "ratio",
     "throughput ratio",
 )  # fmt: skip
-STEPS: Final = {
-    "production": "#3b6ea5",
-    "features": "#4a8c5f",
-    "denoiser or scorer": "#8a5fa8",
-    "guard's loop and scoring": "#c8553d",
-    "queues and copies": "#b0b0b0",
-}
+COLOURS: Final = dict(
+    zip(
+        timeline.STEPS,
+        ("#3b6ea5", "#4a8c5f", "#43807f", "#8a5fa8", "#c8553d", "#d9a441", "#8c8c8c", "#bdbdbd", "#e2e2e2"),
+        strict=True,
+    )
+)
 FIGURES: Final = ("p50_ms", "p99_ms", "throughput")
 STAND_IN: Final = (
     "Measured on the server of nvidia-pytriton, whose ONNX backend is a stand-in written in Python, one process a model: "
@@ -77,6 +76,14 @@ def render_page(rows: list[Row]) -> str:
         "scoring of a whole graph is inside it, so its guard's model has nothing to be compared with.",
         "",
         *floor.render_table(read_rows(FLOOR), keep_tool(rows)),
+        "",
+        "## Where the time goes",
+        "",
+        "Written by `python -m benchmarks.serving.timeline`: mean milliseconds of a request in the server, by tracing. Each",
+        "moment has one owner, the innermost model at work. Production is the tapped graph with `shared`, and the scoring is",
+        "inside it with `whole`. [As bars](serving_time.png).",
+        "",
+        *timeline.render_table(read_rows(TIMELINE)),
         "",
         "## What the rivals cost",
         "",
@@ -176,44 +183,24 @@ def draw_ratios(rows: list[Row]) -> Figure | None:
 
 
 def draw_times(rows: list[Row]) -> Figure | None:
-    """Where a request's time goes: a stacked bar an export, one request under way, one panel a target and batch."""
-    found = [row for row in pick_summary(rows) if row.get("time_ms")]
-    keys = sorted({(row["target"], row["batch"]) for row in found})
+    """Where a request's time goes: a stacked bar an export, one panel a target and batch; the line is the client's p50."""
+    keys = sorted({(row["target"], row["batch"]) for row in rows})
     if not keys:
         return None
     figure, panels = make_panels(1, len(keys))
     for panel, (target, batch) in zip(panels[0], keys, strict=True):
-        own = [row for row in found if (row["target"], row["batch"]) == (target, batch)]
-        names = [f"{row['placement']} {row['loop']}" for row in own]
+        own = [row for row in rows if (row["target"], row["batch"]) == (target, batch)]
         for place, row in enumerate(own):
             start = 0.0
-            for step, colour in zip(split_times(row), STEPS.values(), strict=True):
-                panel.barh(place, step, 0.6, left=start, color=colour)
-                start += step
-            panel.plot([row["guarded"]["p50_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=0.8)
-        panel.set_yticks(range(len(own)), names, fontsize=5)
+            for step, colour in COLOURS.items():
+                panel.barh(place, row["steps_ms"][step], 0.6, left=start, color=colour)
+                start += row["steps_ms"][step]
+            panel.plot([row["client_p50_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=0.8)
+        panel.set_yticks(range(len(own)), [f"{row['placement']} {row['loop']}" for row in own], fontsize=5)
         panel.set(xlabel="ms a request")
         panel.set_title(f"{target}, batch {batch}", fontsize=8)
-        panel.legend(handles=[Patch(color=colour, label=name) for name, colour in STEPS.items()], fontsize=5)
+        panel.legend(handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()], fontsize=5)
     return figure
-
-
-def split_times(row: Row) -> list[float]:
-    """Milliseconds of `STEPS`: computing in each step's models, waiting and copying in all of them, and the guard's own loop.
-
-    The guard's time holds that of the model it calls. Steps that run beside each other are added up all the same, so a bar
-    may be longer than the latency, which the black line marks.
-    """
-    model, times = row["model"], row["time_ms"]
-
-    def find(suffix: str, part: str = "compute_infer") -> float:
-        return float(times.get(model + suffix, {}).get(part, 0.0))
-
-    callee = find(DENOISER_SUFFIX) + find(SCORER_SUFFIX)
-    others = ("", FEATURES_SUFFIX, TAPPED_SUFFIX, GUARD_SUFFIX)
-    waiting = sum(find(suffix, part) for suffix in others for part in ("queue", "compute_input", "compute_output"))
-    features = find(FEATURES_SUFFIX) + find(TAPPED_SUFFIX)
-    return [find(""), features, callee, max(0.0, find(GUARD_SUFFIX) - callee), waiting]
 
 
 def main() -> None:
@@ -223,7 +210,7 @@ def main() -> None:
         print("\n".join(render_summary(rows)))
         return
     (RESULTS / "serving.md").write_text(render_page(rows))
-    for name, figure in (("serving.png", draw_ratios(rows)), ("serving_time.png", draw_times(rows))):
+    for name, figure in (("serving.png", draw_ratios(rows)), ("serving_time.png", draw_times(read_rows(TIMELINE)))):
         if figure is not None:
             write_figure(figure, RESULTS / name)
 

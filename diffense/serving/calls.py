@@ -33,7 +33,12 @@ class RefusedError(Exception):
 
 
 def call_model(
-    backend: Any, model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], timeout_us: int = 0
+    backend: Any,
+    model: str,
+    inputs: Mapping[str, NDArray[Any]],
+    outputs: Sequence[str],
+    timeout_us: int = 0,
+    trace: Any = None,
 ) -> list[NDArray[Any]]:
     """Call another model of this server and check its answer; no other line of Diffense makes such a call.
 
@@ -43,6 +48,8 @@ def call_model(
         inputs: tensor name -> array.
         outputs: names of the wanted outputs.
         timeout_us: microseconds that the called model may use, 0 for no limit; the guard keeps to it, ONNX models do not.
+        trace: of the request that the call is made for, so that the server's tracing shows the one under the other; only
+            where that request is answered after the call has ended, since its trace ends with it.
 
     Returns:
         The wanted outputs, in order.
@@ -51,6 +58,7 @@ def call_model(
         CallError: the call failed or an output is missing.
     """
     tensors = [backend.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()]
+    traced = {} if trace is None else {"trace": trace}
     request = backend.InferenceRequest(
         model_name=model,
         requested_output_names=list(outputs),
@@ -58,6 +66,7 @@ def call_model(
         timeout=timeout_us,
         # Unasked, outputs stay on the GPU that made them, where NumPy cannot read them (docs/decisions/0010).
         preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU, 0),
+        **traced,
     )
     try:
         response = request.exec()

@@ -16,7 +16,7 @@ Verdict = VerdictRows | RefusedError
 
 
 class Family:
-    """Calls the models behind a front.
+    """Calls the models behind a front. Those within a budget may outlive their request and are not part of its trace.
 
     Args:
         backend: the server's module.
@@ -26,8 +26,12 @@ class Family:
     def __init__(self, backend: Any, wiring: Wiring) -> None:
         self.backend, self.wiring = backend, wiring
 
-    def ask_production(self, images: NDArray[Any]) -> tuple[Arrays, NDArray[np.float32] | None]:
+    def ask_production(self, images: NDArray[Any], trace: Any) -> tuple[Arrays, NDArray[np.float32] | None]:
         """Production outputs, and the latents where the same graph gives them.
+
+        Args:
+            images: stacked requests.
+            trace: of the first of them, as `call_model` takes it.
 
         Raises:
             CallError: production failed.
@@ -36,7 +40,11 @@ class Family:
         if self.wiring.shared:
             try:
                 *found, latents = call_model(
-                    self.backend, self.wiring.latents_model, {self.wiring.input: images}, [*outputs, self.wiring.judged]
+                    self.backend,
+                    self.wiring.latents_model,
+                    {self.wiring.input: images},
+                    [*outputs, self.wiring.judged],
+                    trace=trace,
                 )
                 return dict(zip(outputs, found, strict=True)), latents
             except CallError as error:
@@ -44,7 +52,7 @@ class Family:
                     raise  # nor would the other model take this input
                 # The untouched model is loaded as well, and without latents there is just no verdict.
                 self.backend.Logger.log_error(f"asking {self.wiring.model} instead: {error}")
-        found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs)
+        found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs, trace=trace)
         return dict(zip(outputs, found, strict=True)), None
 
     def ask_latents(self, images: NDArray[Any]) -> NDArray[np.float32]:

@@ -82,7 +82,7 @@ class GatewayService:
         sizes = [len(job.images) for job in jobs]
         try:
             images = np.concatenate([job.images for job in jobs])
-            outputs, latents = self.family.ask_production(images)
+            outputs, latents = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
         except CallError as error:
             self.backend.Logger.log_error(f"production failed: {error}")

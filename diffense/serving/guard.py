@@ -117,17 +117,18 @@ class GuardService:
         if self.wiring.loop == "whole":
             scores = latents.reshape(-1)
             return scores, *self.scorer.judge(scores)
+        trace = jobs[0].request.trace()  # of a stack of requests the server can show a call under one alone
         if self.wiring.loop == "fused":
             self._check_patience(jobs)
             inputs = {names.LATENTS: latents, names.LOGITS: logits}
-            (scores,) = call_model(self.backend, self.wiring.callee, inputs, [names.SCORE])
+            (scores,) = call_model(self.backend, self.wiring.callee, inputs, [names.SCORE], trace=trace)
             scores = scores.reshape(-1)
             return scores, *self.scorer.judge(scores)
 
         def denoise(noised: NDArray[np.float32], sigma: NDArray[np.float32], guide: NDArray[Any]) -> NDArray[np.float32]:
             self._check_patience(jobs)
             inputs = {names.NOISED: noised, names.SIGMA: sigma, names.GUIDE: guide}
-            return call_model(self.backend, self.wiring.callee, inputs, [names.SAMPLE])[0]
+            return call_model(self.backend, self.wiring.callee, inputs, [names.SAMPLE], trace=trace)[0]
 
         scored = self.scorer.score(logits, latents, denoise if self.scorer.needs_denoiser else None)
         return scored.scores, scored.p_values, scored.flagged

@@ -84,7 +84,7 @@ class StreamService:
         try:
             # A copy: the request's own memory need not outlive this call.
             images = np.concatenate([job.images for job in jobs])
-            outputs, latents = self.family.ask_production(images)
+            outputs, latents = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
             responses = [
                 respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()})
