@@ -2,8 +2,9 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -149,15 +150,17 @@ def run_batched(
     outputs: Sequence[str] | None,
     batch: int | None,
     batch_size: int = 64,
+    others: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> list[NDArray[Any]]:
-    """Run a one-input graph over any number of rows and join the results.
+    """Run a graph over any number of rows and join the results.
 
     Args:
-        session: a graph with one input and the batch first in every tensor.
-        array: (N, ...) of the input's dtype; N may be 0.
+        session: a graph with the batch first in every tensor.
+        array: (N, ...) of the first input's dtype; N may be 0.
         outputs: names; None for all of them, in the graph's order.
         batch: the graph's fixed batch (the last one is filled up by repeating its last row), or None when dynamic.
         batch_size: rows of a call when the batch is dynamic.
+        others: (N, ...) of the graph's other inputs, by name.
 
     Returns:
         One (N, ...) array for each output.
@@ -166,9 +169,13 @@ def run_batched(
         TargetError: onnxruntime refuses the input, or an output has no batch axis.
     """
     names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
-    rows = array if len(array) else np.zeros((1, *array.shape[1:]), array.dtype)  # one run tells the shapes of no rows
+    step = batch or batch_size
+    fed = {session.get_inputs()[0].name: array, **others}
+    if not len(array):  # one run tells the shapes of no rows
+        fed = {name: np.zeros((1, *rows.shape[1:]), rows.dtype) for name, rows in fed.items()}
     parts = [
-        _run_part(session, rows[i : i + (batch or batch_size)], names, batch) for i in range(0, len(rows), batch or batch_size)
+        _run_part(session, {name: rows[i : i + step] for name, rows in fed.items()}, names, batch)
+        for i in range(0, max(1, len(array)), step)
     ]
     return [np.concatenate(column)[: len(array)] for column in zip(*parts, strict=True)]
 
@@ -180,20 +187,21 @@ def first_line(error: BaseException) -> str:
 
 
 def _run_part(
-    session: onnxruntime.InferenceSession, rows: NDArray[Any], names: list[str], batch: int | None
+    session: onnxruntime.InferenceSession, fed: Mapping[str, NDArray[Any]], names: list[str], batch: int | None
 ) -> list[NDArray[Any]]:
+    rows = next(iter(fed.values()))
     count = len(rows)
     if batch is not None and count < batch:
-        rows = np.concatenate([rows, np.repeat(rows[-1:], batch - count, axis=0)])
+        fed = {name: np.concatenate([given, np.repeat(given[-1:], batch - count, axis=0)]) for name, given in fed.items()}
     try:
-        results = session.run(names, {session.get_inputs()[0].name: rows})
+        results = session.run(names, dict(fed))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise TargetError(
             f"the graph fails on an input of shape {rows.shape} and type {rows.dtype} ({first_line(error)})"
         ) from error
     for name, result in zip(names, results, strict=True):
-        if np.ndim(result) == 0 or len(result) != len(rows):
-            raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {len(rows)}: no batch axis")
+        if np.ndim(result) == 0 or len(result) != (batch or count):
+            raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {batch or count}: no batch axis")
     return [result[:count] for result in results]
 
 

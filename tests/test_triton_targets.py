@@ -1,4 +1,4 @@
-"""Classifiers unlike the usual one, through the real server: fixed batch, uint8, several outputs, unusual names."""
+"""Classifiers unlike the usual one, through the real server: fixed batch, uint8, several outputs, unusual names, open sizes."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,9 @@ def odd(tmp_path_factory, odd_images):
         "fixed": onnx_models.add_outputs(onnx_models.plain_cnn(batch=FIXED), FIXED),
         ODD_NAME: onnx_models.add_outputs(onnx_models.plain_cnn(), "N"),
         "bytes": onnx_models.uint8_input(),
+        "open": onnx_models.plain_cnn(),
     }
+    models["open"].graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
     repository = tmp_path_factory.mktemp("odd") / "repository"
     guards = {}
     for name, model in models.items():
@@ -51,7 +53,7 @@ def odd_images():
 
 @pytest.mark.parametrize("protocol", CLIENTS)
 @pytest.mark.parametrize("front", ["guarded", "gateway"])
-@pytest.mark.parametrize("name", ["fixed", ODD_NAME, "bytes"])
+@pytest.mark.parametrize("name", ["fixed", ODD_NAME, "bytes", "open"])
 def test_an_odd_classifier_is_guarded_like_any_other(odd, odd_images, name, front, protocol):
     server, guards = odd
     guard = guards[name]

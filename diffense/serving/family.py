@@ -55,13 +55,20 @@ class Family:
         found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs, trace=trace)
         return dict(zip(outputs, found, strict=True)), None
 
-    def ask_latents(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def ask_latents(self, images: NDArray[Any], outputs: Arrays) -> NDArray[np.float32]:
         """Latents (N, D) of images (N, ...).
+
+        Args:
+            images: stacked requests.
+            outputs: production outputs of these images.
 
         Raises:
             CallError: the model that gives them failed.
         """
-        (latents,) = call_model(self.backend, self.wiring.latents_model, {self.wiring.input: images}, [self.wiring.judged])
+        inputs = {self.wiring.input: images}
+        if not self.wiring.shared:
+            inputs[names.AFTER] = outputs[self.wiring.logits]
+        (latents,) = call_model(self.backend, self.wiring.latents_model, inputs, [self.wiring.judged])
         return latents
 
     def judge(
@@ -88,7 +95,7 @@ class Family:
         """
 
         def ask(deadline: float) -> list[Verdict]:
-            known = self.ask_latents(images) if latents is None else latents
+            known = self.ask_latents(images, outputs) if latents is None else latents
             left = deadline - budget.clock()
             if left <= 0:
                 raise OverBudgetError("budget")

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from diffense import names
@@ -111,7 +112,6 @@ class FamilyBuilder:
             ExportError: tensors whose names collide, or of a type that Triton's Python backend lacks.
         """
         guarded = self._make_ensemble()
-        manifest = self.guard.manifest
         if self.options.production:
             copy_graph(self.target, self._make_version(self.model))
             self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
@@ -121,9 +121,11 @@ class FamilyBuilder:
         elif self.shared:
             copy_graph(self.guard.tapped_path, latents.parent)
         else:
-            save_graph(cut_graph(load_model(self.guard.tapped_path), manifest.input.name, [names.LATENTS]), latents)
+            features = cut_graph(load_model(self.guard.tapped_path), self.input.name, [names.LATENTS])
+            save_graph(put_after(features, self.after), latents)
+        inputs = [self.input] if self.shared else [self.input, self.after]
         outputs = [*(self.outputs if self.shared else ()), self.judged]
-        config = self.writer.make_onnx(self.wiring.latents_model, [self.input], outputs, self._image)
+        config = self.writer.make_onnx(self.wiring.latents_model, inputs, outputs, self._image)
         if self.options.cache:
             self.writer.keep_responses(config)
         self._write(config)
@@ -140,6 +142,15 @@ class FamilyBuilder:
         target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
         whole = self.options.loop == "whole"
         return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, whole)
+
+    @property
+    def after(self) -> TensorSpec:
+        """The logits, for which a features graph waits: on the same cores it would only hold them up (docs/decisions/0024)."""
+        logits = next(output for output in self.outputs if output.name == self.guard.manifest.logits)
+        batch, *sizes = logits.shape
+        if sizes.count(None) == 1:
+            sizes[sizes.index(None)] = self.guard.manifest.classes
+        return TensorSpec(names.AFTER, logits.dtype, (batch, *sizes))
 
     @property
     def judged(self) -> TensorSpec:
@@ -230,7 +241,8 @@ class FamilyBuilder:
         if self.shared:
             front = [Step(self.wiring.latents_model, image, {**raw, **latents})]
         else:
-            front = [Step(self.model, image, raw), Step(self.wiring.latents_model, image, latents)]
+            behind = {**image, names.AFTER: raw[self.guard.manifest.logits]}
+            front = [Step(self.model, image, raw), Step(self.wiring.latents_model, behind, latents)]
         # The guard hands the production outputs through: a tensor that is an output of the ensemble and an input of a
         # later step makes every request for a part of the outputs fail (Triton issue 7482).
         shown = [spec.name for spec in (*self.outputs, *self.verdicts)]
@@ -253,6 +265,14 @@ class FamilyBuilder:
             names.LOGITS_PARAMETER: manifest.logits,
             names.ALPHA_PARAMETER: json.dumps(manifest.alpha),
         }
+
+
+def put_after(features: ir.Model, logits: TensorSpec) -> ir.Model:
+    """Give a graph one more input that it does not read, so that an ensemble runs it when the model that gives it is done."""
+    batch, *sizes = logits.shape
+    shape = ir.Shape(["batch" if batch is None else batch, *sizes])
+    features.graph.inputs.append(ir.val(logits.name, ir.DataType.from_numpy(np.dtype(logits.dtype)), shape))
+    return features
 
 
 def copy_graph(source: Path, version: Path) -> None:

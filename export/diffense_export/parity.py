@@ -1,7 +1,9 @@
 """The parity gate: exported graphs are run beside their sources before anything is installed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -99,13 +101,16 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     images = preprocessing.apply(pixels)
     outputs = [output.name for output in manifest.outputs]
 
-    def run(graph: Path, wanted: list[str]) -> dict[str, NDArray[Any]]:
-        return dict(zip(wanted, run_batched(open_session(graph), images, wanted, manifest.batch), strict=True))
+    def run(
+        graph: Path, wanted: list[str], others: Mapping[str, NDArray[Any]] = MappingProxyType({})
+    ) -> dict[str, NDArray[Any]]:
+        return dict(zip(wanted, run_batched(open_session(graph), images, wanted, manifest.batch, others=others), strict=True))
 
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
     scored = [names.RAW_SCORE] if exported.whole else []
-    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored])
+    after = {} if exported.shared else {names.AFTER: production[manifest.logits]}
+    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], after)
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
     if exported.shared:
         comparisons += [_compare("tapped", "target", name, served, production, OUTPUT_TOLERANCE) for name in outputs]

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from tritonclient.utils import triton_to_np_dtype
 
 import diffense
 from diffense import names
@@ -206,6 +207,8 @@ def _draw_inputs(config: Any, shapes: Mapping[str, Shapes], preprocessing: Prepr
             drawn[tensor.name] = np.full(shape, SIGMA, np.float32)
         elif tensor.name in (names.NOISED, names.GUIDE, names.LATENTS, names.LOGITS):
             drawn[tensor.name] = generator.standard_normal(shape).astype(np.float32)
+        elif tensor.name == names.AFTER:
+            drawn[tensor.name] = np.zeros(shape, triton_to_np_dtype(_name_type(tensor).removeprefix("TYPE_")))
         else:
             pixels = draw_smooth_noise(shape[0], preprocessing.size, preprocessing.channels)
             drawn[tensor.name] = preprocessing.apply(pixels)
@@ -235,12 +238,13 @@ def _compare(
 
 def _check_broken(model: str, engine: Engine, plan: bytes, inputs: Mapping[str, NDArray[Any]]) -> None:
     """Make sure that a broken image still breaks its own latents or score and nobody else's."""
-    (name, image), *others = inputs.items()
+    given = {name: array for name, array in inputs.items() if name != names.AFTER}
+    (name, image), *others = given.items()
     if others or image.dtype.kind != "f":
         return
     broken = image.copy()
     broken[0].flat[0] = np.nan
-    for tensor, array in engine.run(plan, {name: broken}).items():
+    for tensor, array in engine.run(plan, {**inputs, name: broken}).items():
         if tensor in (names.LATENTS, names.RAW_SCORE) and (np.isfinite(array[0]).any() or not np.isfinite(array[1:]).all()):
             raise ParityError(f"{tensor} of the plan of {model} hides an image that is no number; the repository is as it was")
 
