@@ -197,7 +197,7 @@ def _run_part(
         results = session.run(names, dict(fed))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise TargetError(
-            f"the graph fails on an input of shape {rows.shape} and type {rows.dtype} ({first_line(error)})"
+            f"the graph fails on inputs of {batch or count} rows as {rows.shape} {rows.dtype} ({first_line(error)})"
         ) from error
     for name, result in zip(names, results, strict=True):
         if np.ndim(result) == 0 or len(result) != (batch or count):

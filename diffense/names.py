@@ -12,8 +12,8 @@ SIGMA: Final = "sigma"  # (N, M, K) float32, denoiser input: noise level of each
 GUIDE: Final = "guide"  # (N, G) float32, denoiser input: label one-hot or projected logits
 SAMPLE: Final = "sample"  # (N, M, W) float32, denoiser output
 LOGITS: Final = "diffense_logits"  # (N, C) float32, scorer input
-AFTER: Final = "diffense_after"  # as the target's logits, input of a features graph that orders it behind them and is not read
-RAW_SCORE: Final = "diffense_raw_score"  # (N, 1) float32, output of a whole graph, on its way to the guard
+RAW_LOGITS: Final = "diffense_raw_logits"  # as the target gives them, input of a features graph, which runs after the target
+RAW_SCORE: Final = "diffense_raw_score"  # (N, 1) float32, output of a graph that scores, on its way to the guard
 
 # Tensors that clients see beside the target's own outputs.
 SCORE: Final = "diffense_score"  # (N, 1) float32; -1 when not scored

@@ -22,6 +22,7 @@ WIRING = Wiring(
     latents_model="m_features",
     shared=False,
     input="image",
+    raw_logits=names.RAW_LOGITS,
 )
 
 
@@ -42,6 +43,13 @@ class ServedFamily:
         return {"logits": self.look_up(self.logits, self.logits[0], arrays["image"])}
 
     def features(self, arrays):
+        assert set(arrays) == {"image", names.RAW_LOGITS} and len(arrays[names.RAW_LOGITS]) == len(arrays["image"])
+        return self.find_latents(arrays)
+
+    def tapped(self, arrays):
+        return self.production(arrays) | self.find_latents(arrays)
+
+    def find_latents(self, arrays):
         return {names.LATENTS: self.look_up(self.latents, self.latents[0] * np.nan, arrays["image"])}
 
     def look_up(self, known, unknown, images):

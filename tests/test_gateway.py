@@ -103,7 +103,7 @@ def test_a_production_error_keeps_its_code_and_tells_nothing_of_the_inside(serve
 
 
 def test_the_shared_gateway_falls_back_to_the_untouched_model(served):
-    shared = replace(WIRING, shared=True, latents_model="m_tapped")
+    shared = replace(WIRING, shared=True, latents_model="m_tapped", raw_logits="")
     backend, service = served.gateway_service(wiring=shared, m_tapped=fail, m_features=fail)
     (response,) = service.answer([served.ask_gateway([0])])
     assert np.array_equal(response.arrays()["logits"], served.logits[:1])
@@ -217,7 +217,7 @@ def test_what_the_tapped_graph_refuses_is_not_asked_again(served):
     def refuse_input(arrays):
         raise TritonError("bad shape", TritonError.INVALID_ARG)
 
-    shared = replace(WIRING, shared=True, latents_model="m_tapped")
+    shared = replace(WIRING, shared=True, latents_model="m_tapped", raw_logits="")
     backend, service = served.gateway_service(wiring=shared, m_tapped=refuse_input)
     (response,) = service.answer([served.ask_gateway([0])])
     assert response.error().code() == TritonError.INVALID_ARG

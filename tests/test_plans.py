@@ -23,8 +23,8 @@ from repositories import hash_tree
 
 # TensorRT for RTX keeps no timings and says so; the calls are the same.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-FORMS = {"m": ("separate", "bls"), "f": ("shared", "fused"), "w": ("shared", "whole")}
-GRAPHS = {"m": ("m_features", "m_denoiser"), "f": ("f_tapped", "f_scorer"), "w": ("w_tapped",)}
+FORMS = {"m": ("separate", "bls"), "f": ("shared", "fused"), "w": ("shared", "whole"), "s": ("separate", "whole")}
+GRAPHS = {"m": ("m_features", "m_denoiser"), "f": ("f_tapped", "f_scorer"), "w": ("w_tapped",), "s": ("s_features",)}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_every_batch_that_is_served_is_in_the_profile(exported):
     config = parse_config(exported / "m_features" / CONFIG_FILE)
     assert choose_shapes(config, exported / "m_features" / "1" / "model.onnx", 12) == {
         "image": Shapes((1, 3, 16, 16), (3, 3, 16, 16), (12, 3, 16, 16)),
-        names.AFTER: Shapes((1, 4), (3, 4), (12, 4)),
+        names.RAW_LOGITS: Shapes((1, 4), (3, 4), (12, 4)),
     }
 
 
@@ -154,7 +154,7 @@ def test_a_plan_with_other_types_than_the_config_is_refused(repository, engine, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["m_features", "f_tapped", "f_scorer", "m_denoiser", "w_tapped"])
+@pytest.mark.parametrize("name", ["m_features", "f_tapped", "f_scorer", "m_denoiser", "w_tapped", "s_features"])
 def test_polygraphy_folds_and_reads_every_graph(exported, engine, tmp_path, name, precision):
     from polygraphy.tools import main
 

@@ -101,15 +101,12 @@ def test_nonsense_of_the_guard_is_no_verdict(served):
 
 
 def test_the_shared_stream_makes_one_call_and_falls_back_to_the_untouched_model(served):
-    shared = replace(WIRING, shared=True, latents_model="m_tapped")
-
-    def tapped(arrays):
-        return served.production(arrays) | served.features(arrays)
-
-    backend, service = served.stream_service(wiring=shared, m_tapped=tapped)
-    ((_, verdict),) = answer(service, served.ask_gateway([3]))
+    shared = replace(WIRING, shared=True, latents_model="m_tapped", raw_logits="")
+    backend, service = served.stream_service(wiring=shared, m_tapped=served.tapped)
+    ((_, verdict),) = answer(service, served.ask_gateway([3], identity="r"))
     served.check_arrays(verdict, [3])
     assert [model for model, _ in backend.calls] == ["m_tapped", "m_guard"]
+    assert backend.traces == [("m_tapped", "trace of r"), ("m_guard", None)]  # whose call may outlive the request, is not in it
     _, service = served.stream_service(wiring=shared, m_tapped=fail)
     ((prediction, verdict),) = answer(service, served.ask_gateway([3]))
     assert np.array_equal(prediction["logits"], served.logits[[3]])

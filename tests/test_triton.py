@@ -22,7 +22,7 @@ from triton_calls import CLIENTS, DEADLINE_S, INVALID, MAX_BATCH, ask, check_ver
 
 pytestmark = pytest.mark.server
 
-FAMILIES = ("separate_bls", "separate_fused", "shared_bls", "shared_fused", "shared_whole")
+FAMILIES = ("separate_bls", "separate_fused", "shared_bls", "shared_fused", "shared_whole", "separate_whole")
 FRONTS = ("guarded", "gateway")
 OUTPUTS = ("logits", *names.VERDICT_TENSORS)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from tritonclient.utils import InferenceServerException
 
 import onnx_models
@@ -24,6 +25,17 @@ def fit(model, folder, images):
     return target, fit_guard(Target.open(target), images, folder / "guard", settings=settings)
 
 
+def leave_places():
+    """Logits of one place, (N, C, 1, 1), whose sizes the graph does not state."""
+    model = onnx_models.plain_cnn(end="Softmax")
+    last = model.graph.node[-1]
+    axes = numpy_helper.from_array(np.array([2, 3]), "axes")
+    model.graph.initializer.append(axes)
+    last.CopyFrom(helper.make_node("Unsqueeze", [last.input[0], "axes"], ["logits"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "c", "h", "w"]))
+    return model
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory, odd_images):
     """One server for the odd targets, and each target's guard."""
@@ -34,6 +46,7 @@ def odd(tmp_path_factory, odd_images):
         "open": onnx_models.plain_cnn(),
     }
     models["open"].graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    models["places"] = leave_places()
     repository = tmp_path_factory.mktemp("odd") / "repository"
     guards = {}
     for name, model in models.items():
@@ -53,7 +66,7 @@ def odd_images():
 
 @pytest.mark.parametrize("protocol", CLIENTS)
 @pytest.mark.parametrize("front", ["guarded", "gateway"])
-@pytest.mark.parametrize("name", ["fixed", ODD_NAME, "bytes", "open"])
+@pytest.mark.parametrize("name", ["fixed", ODD_NAME, "bytes", "open", "places"])
 def test_an_odd_classifier_is_guarded_like_any_other(odd, odd_images, name, front, protocol):
     server, guards = odd
     guard = guards[name]

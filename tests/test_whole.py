@@ -7,9 +7,9 @@ from diffense import names
 from diffense.errors import ExportError
 from diffense.fit import FitSettings, fit_guard
 from diffense.graphs import open_session
-from diffense.target import Target
+from diffense.target import Target, TensorSpec
 from diffense_export.repository import export_guard
-from diffense_export.whole import build_whole
+from diffense_export.whole import build_features, build_whole
 from shapes import draw_shapes
 
 
@@ -44,12 +44,29 @@ def test_a_broken_image_breaks_its_own_score_alone(guard, clean_images, value):
     np.testing.assert_allclose(scores[[0, 2]], expected[[0, 2]], rtol=1e-5)
 
 
-def test_whole_needs_the_shared_placement_and_writes_no_further_graph(guard, small_target, tmp_path):
-    with pytest.raises(ExportError, match="shared placement"):
-        export_guard(guard, small_target, tmp_path / "r", "m", loop="whole")
-    report = export_guard(guard, small_target, tmp_path / "r", "m", loop="whole", placement="shared", gateway=False)
-    assert report.models == ("m", "m_tapped", "m_guard", "m_guarded")
+@pytest.mark.parametrize(("placement", "graph"), [("shared", "m_tapped"), ("separate", "m_features")])
+def test_the_score_needs_no_further_graph(guard, small_target, tmp_path, placement, graph):
+    report = export_guard(guard, small_target, tmp_path / "r", "m", loop="whole", placement=placement, gateway=False)
+    assert report.models == ("m", graph, "m_guard", "m_guarded")
     assert report.manifest.parity.neutrality.verdict_flips == 0
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_features_graph_is_given_the_logits_and_reads_them_for_the_score_alone(guard, clean_images, scored):
+    given = TensorSpec(names.RAW_LOGITS, "float32", (None, guard.manifest.classes))
+    session = open_session(build_features(guard, given, scored=scored))
+    wanted = [names.LATENTS, names.RAW_SCORE] if scored else [names.LATENTS]
+    assert [output.name for output in session.get_outputs()] == wanted
+    pixels = clean_images[:8]
+    image = guard.preprocessing.apply(pixels)
+    logits, latents = guard.run(pixels)
+    found = session.run(None, {"image": image, names.RAW_LOGITS: logits.astype(np.float32)})
+    np.testing.assert_allclose(found[0], latents, atol=1e-4)
+    others = session.run(None, {"image": image, names.RAW_LOGITS: np.roll(logits, 1, axis=1).astype(np.float32)})
+    assert np.array_equal(found[0], others[0])
+    if scored:
+        np.testing.assert_allclose(found[1][:, 0], guard.score(pixels).scores, atol=1e-4, rtol=1e-4)
+        assert (np.abs(found[1] - others[1]) > 0.1).all()  # another label, another score
 
 
 def test_an_older_opset_is_refused(clean_images, tmp_path):

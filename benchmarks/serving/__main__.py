@@ -54,8 +54,6 @@ def main(arguments: Sequence[str]) -> None:
         for target in choose(options.targets, NETWORKS):
             for placement in choose(options.placements, PLACEMENTS):
                 for loop in choose(options.loops, LOOPS):
-                    if (placement, loop) == ("separate", "whole"):
-                        continue  # there is none: that graph gives the production outputs too
                     served = Served(target, cast("Any", placement), cast("Any", loop), options.gateway)
                     missing = [s for s in SCENARIOS[: options.scenarios] if options.again or not is_done(served, s, tool[0])]
                     if missing:

@@ -25,11 +25,12 @@ from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.serving.work import Work, count_work
 from benchmarks.settings import describe_machine, find_commit
 from diffense.errors import DiffenseError
-from diffense.graphs import cut_graph, load_model, save_graph
+from diffense.graphs import save_graph
 from diffense.guard import Guard
-from diffense.names import GUARD_SUFFIX, GUIDE, LATENTS, LOGITS, NOISED, SAMPLE, SIGMA
+from diffense.names import GUARD_SUFFIX, GUIDE, LATENTS, LOGITS, NOISED, RAW_LOGITS, SAMPLE, SIGMA
+from diffense.target import TensorSpec
 from diffense_export.scorer import build_scorer
-from diffense_export.whole import build_whole
+from diffense_export.whole import build_features, build_whole
 
 BATCHES: Final = (1, 8, 32)
 COUNTED: Final[tuple[str, ...]] = ("production", "tapped", "features", "denoiser")
@@ -84,11 +85,17 @@ def measure_target(name: str, rounds: int) -> None:
 def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
     """The graphs of every placement and loop, and one that holds tapped target and scorer."""
     graphs = {"production": target, "tapped": guard.tapped_path}
-    graphs |= {name: folder / f"{name}.onnx" for name in ("features", "scorer", "whole")}
-    manifest = guard.manifest
-    save_graph(cut_graph(load_model(guard.tapped_path), manifest.input.name, [LATENTS]), graphs["features"])
-    save_graph(build_scorer(guard), graphs["scorer"])
-    save_graph(build_whole(guard), graphs["whole"])
+    logits = next(output for output in guard.manifest.outputs if output.name == guard.manifest.logits)
+    given = TensorSpec(RAW_LOGITS, logits.dtype, logits.shape)
+    made = {
+        "features": build_features(guard, given, scored=False),
+        "scored features": build_features(guard, given, scored=True),
+        "scorer": build_scorer(guard),
+        "whole": build_whole(guard),
+    }
+    for name, model in made.items():
+        graphs[name] = folder / f"{name.replace(' ', '_')}.onnx"
+        save_graph(model, graphs[name])
     if guard.denoiser_path is not None:
         graphs["denoiser"] = guard.denoiser_path
     return graphs
@@ -130,13 +137,16 @@ def list_forms(guard: Guard, sessions: dict[str, ort.InferenceSession], inputs: 
     names = [output.name for output in sessions["tapped"].get_outputs()]
     found = dict(zip(names, run("tapped"), strict=True))
     logits, latents = found[manifest.logits], found[LATENTS]
-    production, features, tapped = (partial(run, name) for name in ("production", "features", "tapped"))
+    production, tapped = (partial(run, name) for name in ("production", "tapped"))
+    features, scored = (
+        partial(sessions[name].run, None, {**image, RAW_LOGITS: logits}) for name in ("features", "scored features")
+    )
     forms: dict[str, Run] = {"production": production}
     for name, score in (("bls", loop), ("fused", fused)):
         forms[f"scoring {name}"] = score
         forms[f"shared {name}"] = partial(chain, tapped, score)
         forms[f"separate {name}"] = partial(chain, production, features, score)
-    return forms | {"whole": partial(run, "whole")}
+    return forms | {"shared whole": partial(run, "whole"), "separate whole": partial(chain, production, scored)}
 
 
 def add_works(works: dict[str, Work]) -> dict[str, Work]:
@@ -176,10 +186,9 @@ def render_table(floors: Sequence[Row], served: Sequence[Row]) -> list[str]:
 def render_row(row: Row, floor: Row) -> str:
     """One line."""
     work, times = floor["flops"], floor["ms"]
-    whole = row["loop"] == "whole"
-    guarded = times["whole"] if whole else times[f"{row['placement']} {row['loop']}"]
+    guarded = times[f"{row['placement']} {row['loop']}"]
     own = row["time_ms"].get(f"{row['model']}{GUARD_SUFFIX}", {}).get("compute_infer")
-    scoring = None if whole else times[f"scoring {row['loop']}"]
+    scoring = times.get(f"scoring {row['loop']}")
     cells = [
         row["target"],
         row["placement"],

@@ -25,7 +25,7 @@ SHORT: Final = (
 COLOURS: Final = dict(
     zip(
         timeline.STEPS,
-        ("#3b6ea5", "#4a8c5f", "#43807f", "#8a5fa8", "#c8553d", "#d9a441", "#8c8c8c", "#bdbdbd", "#e2e2e2"),
+        ("#3b6ea5", "#4a8c5f", "#8a5fa8", "#c8553d", "#d9a441", "#8c8c8c", "#bdbdbd", "#e2e2e2"),
         strict=True,
     )
 )
@@ -73,7 +73,7 @@ def render_page(rows: list[Row]) -> str:
         "## Over the floor",
         "",
         "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
-        "scoring of a whole graph is inside it, so its guard's model has nothing to be compared with.",
+        "scoring of `whole` is inside another graph, so its guard's model has nothing to be compared with.",
         "",
         *floor.render_table(read_rows(FLOOR), keep_tool(rows)),
         "",
@@ -183,7 +183,7 @@ def draw_ratios(rows: list[Row]) -> Figure | None:
 
 
 def draw_times(rows: list[Row]) -> Figure | None:
-    """Where a request's time goes: a stacked bar an export, one panel a target and batch; the line is the client's p50."""
+    """Where a request's time goes: a stacked bar an export, one panel a target and batch."""
     keys = sorted({(row["target"], row["batch"]) for row in rows})
     if not keys:
         return None
@@ -195,7 +195,6 @@ def draw_times(rows: list[Row]) -> Figure | None:
             for step, colour in COLOURS.items():
                 panel.barh(place, row["steps_ms"][step], 0.6, left=start, color=colour)
                 start += row["steps_ms"][step]
-            panel.plot([row["client_p50_ms"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=0.8)
         panel.set_yticks(range(len(own)), [f"{row['placement']} {row['loop']}" for row in own], fontsize=5)
         panel.set(xlabel="ms a request")
         panel.set_title(f"{target}, batch {batch}", fontsize=8)

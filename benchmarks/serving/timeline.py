@@ -31,7 +31,7 @@ from diffense.serve import TritonServer
 BATCHES: Final = (1, 8)
 # Where several run at a moment, the innermost has it; of those side by side the first of these.
 STEPS: Final = (
-    "production", "features", "both at once", "denoiser or scorer", "guard's loop and scoring", "copies", "queues",
+    "production", "features", "denoiser or scorer", "guard's loop and scoring", "copies", "queues",
     "between the models", "gRPC",
 )  # fmt: skip
 ROLES: Final = {
@@ -42,7 +42,7 @@ ROLES: Final = {
     TAPPED_SUFFIX: "production",  # whose outputs that graph gives, with the latents
     "": "production",
 }
-# What a model does between two of its time stamps.
+# What a model does between two of its time stamps; of a Python one (every ONNX graph here is) the way to its process is in it.
 PHASES: Final = (
     ("queues", "QUEUE_START", "COMPUTE_START"),
     ("copies", "COMPUTE_START", "COMPUTE_INPUT_END"),
@@ -51,7 +51,6 @@ PHASES: Final = (
 )
 TRANSPORT: Final = ("GRPC_WAITREAD_END", "REQUEST_START", "GRPC_SEND_START", "GRPC_SEND_END")
 HEAD: Final = ("target", "placement", "loop", "batch", "requests", "in the server, ms", *STEPS)
-SKIPPED: Final = 10  # first requests
 
 
 @dataclass
@@ -86,8 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         for target in choose(options.targets, NETWORKS):
             for placement in choose(options.placements, PLACEMENTS):
                 for loop in choose(options.loops, LOOPS):
-                    if (placement, loop) != ("separate", "whole"):
-                        measure(Served(target, cast("Any", placement), cast("Any", loop), False), options.seconds)
+                    measure(Served(target, cast("Any", placement), cast("Any", loop), False), options.seconds)
         print("\n".join(render_table(read_rows(TIMELINE))))
     except DiffenseError as error:
         sys.exit(f"timeline: {error}")
@@ -103,20 +101,19 @@ def measure(served: Served, seconds: float) -> None:
             file = Path(folder) / "trace.json"
             with TritonServer(repository, extra=trace_into(file)) as server:
                 description = read_models(server.endpoints.grpc, "grpc", model + GUARDED_SUFFIX, model)
-                found = run_load(
-                    Load(server.endpoints.grpc, "grpc", 1, False, seconds), pack_requests(description, images[:32], batch)
-                )
-            spans = read_trace(file, model + GUARDED_SUFFIX)[SKIPPED:]
-        if not spans:
-            raise BenchError(f"{model}: fewer than {SKIPPED} requests in {seconds:g} s; give --seconds more")
-        parts = [divide(span, model) for span in spans]
+                load = Load(server.endpoints.grpc, "grpc", 1, False, seconds)
+                run_load(load, pack_requests(description, images[:32], batch))
+            spans = read_trace(file, model + GUARDED_SUFFIX)
+        begun = spans[0].stamps["REQUEST_START"] + load.warm_up_s * 1e9
+        parts = [divide(span, model) for span in spans if span.stamps["REQUEST_START"] >= begun]
+        if not parts:
+            raise BenchError(f"{model}: no request was answered within {seconds:g} s; give --seconds more")
         row = {
             "target": served.target,
             "placement": served.placement,
             "loop": served.loop,
             "batch": batch,
-            "traced": len(spans),
-            "client_p50_ms": found.p50_ms,
+            "traced": len(parts),
             "server_ms": float(np.mean([sum(part.values()) for part in parts])),
             "steps_ms": {step: float(np.mean([part[step] for part in parts])) for step in STEPS},
             "machine": describe_machine(),
@@ -190,8 +187,7 @@ def find_step(running: Sequence[Phase]) -> str:
     if not running:
         return "between the models"
     deepest = max(phase.depth for phase in running)
-    steps = {phase.step for phase in running if phase.depth == deepest}
-    return "both at once" if {"production", "features"} <= steps else min(steps, key=STEPS.index)
+    return min((phase.step for phase in running if phase.depth == deepest), key=STEPS.index)
 
 
 def render_table(rows: Sequence[Row]) -> list[str]:

@@ -51,7 +51,7 @@ def command(
     loop: Annotated[
         Loop,
         typer.Option(
-            help="The guard calls the denoiser step by step, or one graph of all steps, or these are in the shared graph."
+            help="The guard calls the denoiser step by step, or one graph of all steps, or they are in the latents' graph."
         ),
     ] = Loop.BLS,
     gateway: Annotated[bool, typer.Option(help="Also write MODEL_gateway, which answers whatever happens.")] = True,

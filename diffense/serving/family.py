@@ -66,8 +66,8 @@ class Family:
             CallError: the model that gives them failed.
         """
         inputs = {self.wiring.input: images}
-        if not self.wiring.shared:
-            inputs[names.AFTER] = outputs[self.wiring.logits]
+        if self.wiring.raw_logits:
+            inputs[self.wiring.raw_logits] = outputs[self.wiring.logits]
         (latents,) = call_model(self.backend, self.wiring.latents_model, inputs, [self.wiring.judged])
         return latents
 

@@ -30,11 +30,12 @@ class Wiring:
         outputs: its outputs, in order.
         logits: the one among them that holds the logits.
         loop: ``bls`` calls the denoiser at every guided step, ``fused`` one graph for all of it; with ``whole`` the graph that
-            gives the production outputs gives the score too.
+            would give the latents gives the score.
         callee: the denoiser's or the scorer's model name; empty when the guard needs neither.
         latents_model: the model that gives the latents, or with ``whole`` the score.
         shared: whether that model gives the production outputs too.
         input: name of the production input.
+        raw_logits: name of the latents model's other input, the logits; empty with `shared`.
         probabilities: whether the logits are softmaxed.
     """
 
@@ -46,6 +47,7 @@ class Wiring:
     latents_model: str
     shared: bool
     input: str
+    raw_logits: str
     probabilities: bool = False
 
     @property

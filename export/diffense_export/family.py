@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from diffense import names
 from diffense.errors import ExportError
-from diffense.graphs import cut_graph, load_model
+from diffense.graphs import load_model
 from diffense.guard import Guard
 from diffense.manifest import Tensor
 from diffense.serving.settings import GatewayOptions, Loop, Wiring
@@ -23,7 +22,7 @@ from diffense.templates import find_templates
 from diffense_export.configs import CONFIG_FILE, Accelerator, ConfigWriter, Step, format_config
 from diffense_export.parity import Exported
 from diffense_export.scorer import build_scorer
-from diffense_export.whole import build_whole
+from diffense_export.whole import build_features, build_whole
 
 VERSION: Final = "1"
 MODEL_FILE: Final = "model.onnx"
@@ -92,6 +91,7 @@ class FamilyBuilder:
             latents_model=self.model + (names.TAPPED_SUFFIX if self.shared else names.FEATURES_SUFFIX),
             shared=self.shared,
             input=self.input.name,
+            raw_logits="" if self.shared else names.RAW_LOGITS,
             probabilities=self.guard.manifest.probabilities,
         )
 
@@ -116,14 +116,14 @@ class FamilyBuilder:
             copy_graph(self.target, self._make_version(self.model))
             self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
         latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
-        if self.options.loop == "whole":
+        whole = self.options.loop == "whole"
+        if not self.shared:
+            save_graph(build_features(self.guard, self.raw_logits, scored=whole), latents)
+        elif whole:
             save_graph(build_whole(self.guard), latents)
-        elif self.shared:
-            copy_graph(self.guard.tapped_path, latents.parent)
         else:
-            features = cut_graph(load_model(self.guard.tapped_path), self.input.name, [names.LATENTS])
-            save_graph(put_after(features, self.after), latents)
-        inputs = [self.input] if self.shared else [self.input, self.after]
+            copy_graph(self.guard.tapped_path, latents.parent)
+        inputs = [self.input] if self.shared else [self.input, self.raw_logits]
         outputs = [*(self.outputs if self.shared else ()), self.judged]
         config = self.writer.make_onnx(self.wiring.latents_model, inputs, outputs, self._image)
         if self.options.cache:
@@ -140,17 +140,14 @@ class FamilyBuilder:
         (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
         fused = self.options.loop == "fused"
         target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
-        whole = self.options.loop == "whole"
         return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, whole)
 
     @property
-    def after(self) -> TensorSpec:
-        """The logits, for which a features graph waits: on the same cores it would only hold them up (docs/decisions/0024)."""
+    def raw_logits(self) -> TensorSpec:
+        """The logits as a features graph is given them."""
         logits = next(output for output in self.outputs if output.name == self.guard.manifest.logits)
-        batch, *sizes = logits.shape
-        if sizes.count(None) == 1:
-            sizes[sizes.index(None)] = self.guard.manifest.classes
-        return TensorSpec(names.AFTER, logits.dtype, (batch, *sizes))
+        batch, _, *ones = logits.shape
+        return TensorSpec(names.RAW_LOGITS, logits.dtype, (batch, self.guard.manifest.classes, *(1 for _ in ones)))
 
     @property
     def judged(self) -> TensorSpec:
@@ -171,8 +168,6 @@ class FamilyBuilder:
 
     def _choose_callee(self) -> str | None:
         if self.options.loop == "whole":
-            if not self.shared:
-                raise ExportError("the whole graph gives the production outputs too: it needs the shared placement")
             return None
         if self.options.loop == "fused":
             return names.SCORER_SUFFIX
@@ -241,7 +236,7 @@ class FamilyBuilder:
         if self.shared:
             front = [Step(self.wiring.latents_model, image, {**raw, **latents})]
         else:
-            behind = {**image, names.AFTER: raw[self.guard.manifest.logits]}
+            behind = {**image, names.RAW_LOGITS: raw[self.guard.manifest.logits]}
             front = [Step(self.model, image, raw), Step(self.wiring.latents_model, behind, latents)]
         # The guard hands the production outputs through: a tensor that is an output of the ensemble and an input of a
         # later step makes every request for a part of the outputs fail (Triton issue 7482).
@@ -265,14 +260,6 @@ class FamilyBuilder:
             names.LOGITS_PARAMETER: manifest.logits,
             names.ALPHA_PARAMETER: json.dumps(manifest.alpha),
         }
-
-
-def put_after(features: ir.Model, logits: TensorSpec) -> ir.Model:
-    """Give a graph one more input that it does not read, so that an ensemble runs it when the model that gives it is done."""
-    batch, *sizes = logits.shape
-    shape = ir.Shape(["batch" if batch is None else batch, *sizes])
-    features.graph.inputs.append(ir.val(logits.name, ir.DataType.from_numpy(np.dtype(logits.dtype)), shape))
-    return features
 
 
 def copy_graph(source: Path, version: Path) -> None:

@@ -109,7 +109,7 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
     scored = [names.RAW_SCORE] if exported.whole else []
-    after = {} if exported.shared else {names.AFTER: production[manifest.logits]}
+    after = {} if exported.shared else {names.RAW_LOGITS: production[manifest.logits]}
     served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], after)
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
     if exported.shared:

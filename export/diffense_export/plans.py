@@ -207,7 +207,7 @@ def _draw_inputs(config: Any, shapes: Mapping[str, Shapes], preprocessing: Prepr
             drawn[tensor.name] = np.full(shape, SIGMA, np.float32)
         elif tensor.name in (names.NOISED, names.GUIDE, names.LATENTS, names.LOGITS):
             drawn[tensor.name] = generator.standard_normal(shape).astype(np.float32)
-        elif tensor.name == names.AFTER:
+        elif tensor.name == names.RAW_LOGITS:
             drawn[tensor.name] = np.zeros(shape, triton_to_np_dtype(_name_type(tensor).removeprefix("TYPE_")))
         else:
             pixels = draw_smooth_noise(shape[0], preprocessing.size, preprocessing.channels)
@@ -238,7 +238,7 @@ def _compare(
 
 def _check_broken(model: str, engine: Engine, plan: bytes, inputs: Mapping[str, NDArray[Any]]) -> None:
     """Make sure that a broken image still breaks its own latents or score and nobody else's."""
-    given = {name: array for name, array in inputs.items() if name != names.AFTER}
+    given = {name: array for name, array in inputs.items() if name != names.RAW_LOGITS}
     (name, image), *others = given.items()
     if others or image.dtype.kind != "f":
         return

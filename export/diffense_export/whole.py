@@ -1,14 +1,15 @@
-"""Target, latents and score as one ONNX graph, so that a guarded image passes through one model and the guard's verdict."""
+"""The score in the graph that gives the latents, with the target's outputs or without them."""
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from diffense.errors import ExportError
-from diffense.graphs import load_model
+from diffense.graphs import cut_graph, load_model
 from diffense.guard import Guard
 from diffense.names import LATENTS, LOGITS, RAW_SCORE, SCORE
 from diffense.onnx_arrays import OPSET
+from diffense.target import TensorSpec
 from diffense_export.scorer import build_scorer
 
 PREFIX = "diffense_scorer/"
@@ -21,13 +22,49 @@ def build_whole(guard: Guard) -> ir.Model:
         ExportError: the target's opset is older than the scorer's operators.
     """
     model = load_model(guard.tapped_path)
+    append_score(model, guard, next(value for value in model.graph.outputs if value.name == guard.manifest.logits))
+    return model
+
+
+def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Model:
+    """The truncated target: the latents, and the score where it is wanted.
+
+    The logits are an input in any case, so that an ensemble runs this graph when the target has run and not beside it, on the
+    same cores (docs/decisions/0024).
+
+    Args:
+        guard: whose target and latents it is.
+        logits: name and shape of that input.
+        scored: whether the scorer stands behind the latents.
+
+    Raises:
+        ExportError: a tensor of the target has that name, or its opset is older than the scorer's operators.
+    """
+    model = cut_graph(load_model(guard.tapped_path), guard.manifest.input.name, [LATENTS])
+    batch, *sizes = logits.shape
+    shape = ir.Shape(["batch" if batch is None else batch, *sizes])
+    if logits.name in ir.convenience.create_value_mapping(model.graph):
+        raise ExportError(f"the target has a tensor called {logits.name}, which the guard needs; rename it")
+    given = ir.val(logits.name, ir.DataType.from_numpy(np.dtype(logits.dtype)), shape)
+    model.graph.inputs.append(given)
+    if scored:
+        append_score(model, guard, given)
+    return model
+
+
+def append_score(model: ir.Model, guard: Guard, logits: ir.Value) -> None:
+    """Put the scorer behind the latents of a graph that gives these or is given these logits.
+
+    Raises:
+        ExportError: the target's opset is older than the scorer's operators.
+    """
     opset = model.opset_imports[""]
     if opset < OPSET:
-        raise ExportError(f"the target has opset {opset}, the whole graph needs {OPSET}; export it anew or use another loop")
+        raise ExportError(f"the target has opset {opset}, the score needs {OPSET}; export it anew or use another loop")
     scorer = _raise_opset(build_scorer(guard), opset).graph
     graph = model.graph
-    tensors = {value.name: value for value in graph.outputs}
-    given = {LATENTS: tensors[LATENTS], LOGITS: _flatten(graph, tensors[guard.manifest.logits], guard.manifest.classes)}
+    latents = next(value for value in graph.outputs if value.name == LATENTS)
+    given = {LATENTS: latents, LOGITS: _flatten(graph, logits, guard.manifest.classes)}
     for value in list(scorer.inputs):
         ir.convenience.replace_all_uses_with(value, given[str(value.name)])
     score = next(value for value in scorer.outputs if value.name == SCORE)
@@ -42,8 +79,7 @@ def build_whole(guard: Guard) -> ir.Model:
         for value in node.outputs:
             value.name = PREFIX + str(value.name)
         graph.append(node)
-    graph.outputs.append(_spoil(graph, score, tensors[LATENTS], guard.manifest.latent_dim))
-    return model
+    graph.outputs.append(_spoil(graph, score, latents, guard.manifest.latent_dim))
 
 
 def _raise_opset(scorer: ir.Model, opset: int) -> ir.Model:
