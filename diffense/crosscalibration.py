@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from diffense.chain import assign_folds
 from diffense.clean import CleanSet
@@ -30,8 +31,10 @@ def score_crossed(clean: CleanSet, fit: Callable[[CleanSet], Score], generator: 
     """
     folds = assign_folds(clean.labels[: clean.originals], FOLDS, generator)
     scores = np.empty(clean.originals, np.float32)
-    for fold in np.unique(folds):
-        held = np.flatnonzero(folds == fold)
-        score = fit(clean.take(folds[clean.source] != fold))
-        scores[held] = score(clean.logits[held], [tap[held] for tap in clean.pooled])
+    # Small products gain nothing by threads, and on cores that others use these wait for each other: minutes for seconds.
+    with threadpool_limits(1, "blas"):
+        for fold in np.unique(folds):
+            held = np.flatnonzero(folds == fold)
+            score = fit(clean.take(folds[clean.source] != fold))
+            scores[held] = score(clean.logits[held], [tap[held] for tap in clean.pooled])
     return scores

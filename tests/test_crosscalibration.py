@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 import shapes
 from diffense.bundle import recalibrate
@@ -25,6 +26,7 @@ def test_no_image_is_scored_by_a_fit_that_has_seen_it_or_a_copy_of_it(originals,
     parts = []
 
     def fit(part: CleanSet):
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
         seen = set(part.pooled[0][:, 0].astype(int))
         assert len(part.source) == len(seen) * (1 + copies)
         parts.append(seen)
