@@ -16,7 +16,7 @@ from benchmarks.settings import RESULTS
 
 HEAD: Final = (
     "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
-    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio",
+    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio", "processor",
 )  # fmt: skip
 SHORT: Final = (
     "target", "placement", "loop", "batch 1: p50 ms", "ratio", "throughput ratio", "batch 8: p50 ms", "ratio",
@@ -52,6 +52,7 @@ def render_row(row: Row) -> str:
         *(f"{value:.4g}" for pair in pairs for value in pair),
         f"{row['p50_ratio']:.2f}",
         f"{row['throughput_ratio']:.2f}",
+        row["machine"].split(",")[0],
     ]
     return "| " + " | ".join(cells) + " |"
 
