@@ -199,7 +199,8 @@ def draw_times(rows: list[Row]) -> Figure | None:
         panel.set_yticks(range(len(own)), [f"{row['placement']} {row['loop']}" for row in own], fontsize=5)
         panel.set(xlabel="ms a request")
         panel.set_title(f"{target}, batch {batch}", fontsize=8)
-        panel.legend(handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()], fontsize=5)
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, fontsize=6, ncols=len(handles), loc="outside lower center")
     return figure
 
 
