@@ -189,19 +189,19 @@ def first_line(error: BaseException) -> str:
 def _run_part(
     session: onnxruntime.InferenceSession, fed: Mapping[str, NDArray[Any]], names: list[str], batch: int | None
 ) -> list[NDArray[Any]]:
-    rows = next(iter(fed.values()))
-    count = len(rows)
+    count = len(next(iter(fed.values())))
     if batch is not None and count < batch:
         fed = {name: np.concatenate([given, np.repeat(given[-1:], batch - count, axis=0)]) for name, given in fed.items()}
+    rows = next(iter(fed.values()))
     try:
         results = session.run(names, dict(fed))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise TargetError(
-            f"the graph fails on inputs of {batch or count} rows as {rows.shape} {rows.dtype} ({first_line(error)})"
+            f"the graph fails on an input of shape {rows.shape} and type {rows.dtype} ({first_line(error)})"
         ) from error
     for name, result in zip(names, results, strict=True):
-        if np.ndim(result) == 0 or len(result) != (batch or count):
-            raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {batch or count}: no batch axis")
+        if np.ndim(result) == 0 or len(result) != len(rows):
+            raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {len(rows)}: no batch axis")
     return [result[:count] for result in results]
 
 
