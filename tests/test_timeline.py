@@ -88,10 +88,8 @@ def test_a_server_shows_the_denoiser_under_the_guard(
     for row in rows:
         steps = row["steps_ms"]
         assert tuple(steps) == STEPS and sum(steps.values()) == pytest.approx(row["server_ms"])
-        assert (
-            steps["denoiser or scorer"] > 0 and steps["guard's loop and scoring"] > 0
-        )  # the denoiser was found under the guard
-        assert steps["production"] > 0 and steps["features"] > 0
+        computing = ("production", "features", "denoiser or scorer", "guard's loop and scoring")
+        assert min(steps[step] for step in computing) > 0  # the denoiser too: it was found under the guard
     for span in seen:  # the features wait for production, on the same cores they would only hold it up
         stamps = {child.model: child.stamps for child in span.children}
         plain, features = stamps["tiny_separate_bls"], stamps["tiny_separate_bls_features"]

@@ -69,6 +69,11 @@ def test_a_features_graph_is_given_the_logits_and_reads_them_for_the_score_alone
         assert (np.abs(found[1] - others[1]) > 0.1).all()  # another label, another score
 
 
+def test_a_target_that_uses_the_name_of_the_logits_input_is_told(guard):
+    with pytest.raises(ExportError, match="a tensor called image, which the guard needs; rename it"):
+        build_features(guard, TensorSpec("image", "float32", (None, guard.manifest.classes)), scored=False)
+
+
 def test_an_older_opset_is_refused(clean_images, tmp_path):
     target = onnx_models.save(onnx_models.plain_cnn(opset=13), tmp_path / "target.onnx")
     settings = FitSettings(alpha=0.05, network="off", guide="logits")

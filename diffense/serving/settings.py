@@ -35,7 +35,8 @@ class Wiring:
         latents_model: the model that gives the latents, or with ``whole`` the score.
         shared: whether that model gives the production outputs too.
         input: name of the production input.
-        raw_logits: name of the latents model's other input, the logits; empty with `shared`.
+        raw_logits: name of the latents model's other input, the logits; empty with `shared`. Stated, so that code and
+            repository of which only one knows it refuse each other at load.
         probabilities: whether the logits are softmaxed.
     """
 

@@ -109,8 +109,8 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
     scored = [names.RAW_SCORE] if exported.whole else []
-    after = {} if exported.shared else {names.RAW_LOGITS: production[manifest.logits]}
-    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], after)
+    given = {} if exported.shared else {names.RAW_LOGITS: production[manifest.logits]}
+    served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], given)
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
     if exported.shared:
         comparisons += [_compare("tapped", "target", name, served, production, OUTPUT_TOLERANCE) for name in outputs]

@@ -27,14 +27,14 @@ def build_whole(guard: Guard) -> ir.Model:
 
 
 def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Model:
-    """The truncated target: the latents, and the score where it is wanted.
+    """The truncated target: the latents (N, K d) float32, and ``diffense_raw_score`` (N, 1) float32 where it is wanted.
 
     The logits are an input in any case, so that an ensemble runs this graph when the target has run and not beside it, on the
     same cores (docs/decisions/0024).
 
     Args:
         guard: whose target and latents it is.
-        logits: name and shape of that input.
+        logits: name, dtype and shape, (N, C) or (N, C, 1, ...), of that input.
         scored: whether the scorer stands behind the latents.
 
     Raises:
@@ -53,7 +53,7 @@ def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Mode
 
 
 def append_score(model: ir.Model, guard: Guard, logits: ir.Value) -> None:
-    """Put the scorer behind the latents of a graph that gives these or is given these logits.
+    """Put the scorer behind the (N, K d) latents of a graph that gives or is given these logits, (N, C) or (N, C, 1, ...).
 
     Raises:
         ExportError: the target's opset is older than the scorer's operators.
