@@ -159,6 +159,24 @@ class OnnxNamespace:
         """Exponential."""
         return self.record("Exp", x)
 
+    def abs(self, x: OnnxArray) -> OnnxArray:
+        """Absolute value."""
+        return self.record("Abs", x)
+
+    def where(self, condition: OnnxArray, x: Any, y: Any) -> OnnxArray:
+        """``x`` where the condition holds, else ``y``."""
+        return self.record("Where", condition, x, y)
+
+    def is_at_most(self, x: OnnxArray, limit: Any) -> OnnxArray:
+        """Whether ``x <= limit``, booleans; false for NaN."""
+        return self.record("LessOrEqual", x, limit)
+
+    def to_uint8(self, x: OnnxArray) -> OnnxArray:
+        """Whole numbers from 0 to 255 as uint8, for an output."""
+        cast = self.record("Cast", x, to=int(ir.DataType.UINT8))
+        cast.value.dtype = ir.DataType.UINT8
+        return cast
+
     def one_hot_argmax(self, x: OnnxArray, classes: int) -> OnnxArray:
         """(N, classes) -> (N, classes), one at the first largest entry of each row."""
         index = self.record("ArgMax", x, axis=1, keepdims=0)
@@ -172,11 +190,11 @@ class OnnxNamespace:
         return self.sum(self.record("Cast", at_least, to=int(ir.DataType.FLOAT)), axis=1)
 
     def build(self, inputs: Sequence[OnnxArray], outputs: dict[str, tuple[OnnxArray, Sequence[str | int]]]) -> ir.Model:
-        """Close the graph; outputs are name -> (array, shape), all float32."""
+        """Close the graph; outputs are name -> (array, shape), float32 but for those of `to_uint8`."""
         for name, (array, shape) in outputs.items():
             array.value.name = name
             array.value.shape = ir.Shape(shape)
-            array.value.dtype = ir.DataType.FLOAT
+            array.value.dtype = array.value.dtype or ir.DataType.FLOAT
         graph = ir.Graph(
             [array.value for array in inputs],
             [array.value for array, _ in outputs.values()],

@@ -22,7 +22,11 @@ def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_targ
     model.graph.input.append(helper.make_tensor_value_info(names.RAW_LOGITS, TensorProto.FLOAT, ["n", guard.manifest.classes]))
     for path, shared in ((onnx_models.save(model, tmp_path / "features.onnx"), False), (changed, True)):
         with pytest.raises(ParityError, match=r"nothing was installed|changes the predicted class"):
-            check_parity(guard, Exported(small_target, path, shared, guard.denoiser_path, None, whole=False), clean_images[:32])
+            check_parity(
+                guard,
+                Exported(small_target, path, shared, guard.denoiser_path, None, scored=False, judged=False),
+                clean_images[:32],
+            )
 
 
 def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):

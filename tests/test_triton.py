@@ -22,7 +22,7 @@ from triton_calls import CLIENTS, DEADLINE_S, INVALID, MAX_BATCH, ask, check_ver
 
 pytestmark = pytest.mark.server
 
-FAMILIES = ("separate_bls", "separate_fused", "shared_bls", "shared_fused", "shared_whole", "separate_whole")
+FAMILIES = tuple(f"{placement}_{loop}" for placement in ("separate", "shared") for loop in ("bls", "fused", "whole", "direct"))
 FRONTS = ("guarded", "gateway")
 OUTPUTS = ("logits", *names.VERDICT_TENSORS)
 
@@ -74,8 +74,9 @@ def test_scores_are_those_of_the_guard_and_production_is_untouched(server, known
     assert result.as_numpy("logits").dtype == production.dtype
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("family", ["separate_bls", "shared_fused"])
+@pytest.mark.parametrize(
+    ("family", "front"), [*itertools.product(["separate_bls", "shared_fused"], FRONTS), ("shared_direct", "guarded")]
+)
 def test_32_clients_at_once_get_their_own_answers(server, known, family, front):
     _, image, truth = known
     generator = np.random.default_rng(0)
@@ -141,7 +142,7 @@ def test_a_bad_image_does_not_fail_the_requests_it_is_stacked_with(server, known
 
 
 @pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("family", ["separate_bls", "shared_fused"])
+@pytest.mark.parametrize("family", ["separate_bls", "shared_fused", "separate_direct", "shared_direct"])
 def test_every_subset_of_outputs_can_be_asked_for(server, known, family, front):
     _, image, _ = known
     whole = ask(server, "grpc", f"{family}_{front}", image[:2])
@@ -158,6 +159,18 @@ def test_asking_for_production_outputs_alone_keeps_the_guard_on(server, known):
     before = read_total(server, "diffense_scored_total", model="shared_bls")
     ask(server, "grpc", "shared_bls_guarded", image[:3], ["logits"])
     assert read_total(server, "diffense_scored_total", model="shared_bls") == before + 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("family", ["separate_direct", "shared_direct"])
+def test_without_the_guards_model_a_bad_image_has_no_verdict_and_harms_no_other(server, known, family, value):
+    _, image, truth = known
+    before = read_total(server, "diffense_scored_total", model=family)  # the gateway's, whose verdicts the guard counts
+    result = ask(server, "grpc", f"{family}_guarded", spoil(image, value))
+    assert result.as_numpy(names.FLAGGED).ravel().tolist() == [truth.flagged[0], names.UNSCORED, truth.flagged[2]]
+    assert result.as_numpy(names.SCORE)[1] == result.as_numpy(names.P_VALUE)[1] == names.NOT_SCORED_VALUE
+    assert np.allclose(result.as_numpy(names.SCORE)[[0, 2], 0], truth.scores[[0, 2]], atol=1e-4)
+    assert read_total(server, "diffense_scored_total", model=family) == before
 
 
 def test_the_metrics_page_counts_what_was_flagged_and_refused(server, known):

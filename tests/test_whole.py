@@ -51,6 +51,15 @@ def test_the_score_needs_no_further_graph(guard, small_target, tmp_path, placeme
     assert report.manifest.parity.neutrality.verdict_flips == 0
 
 
+@pytest.mark.parametrize(("placement", "graph"), [("shared", "m_tapped"), ("separate", "m_features")])
+def test_the_verdict_needs_no_model_of_python(guard, small_target, tmp_path, placement, graph):
+    report = export_guard(guard, small_target, tmp_path / "r", "m", loop="direct", placement=placement, gateway=False)
+    assert report.models == ("m", graph, "m_guarded")
+    assert report.manifest.parity.neutrality.verdict_flips == 0
+    stated = [c for c in report.manifest.parity.comparisons if c.graph == "verdict"]
+    assert [c.tensor for c in stated] == list(names.VERDICT_TENSORS) and all(c.identical for c in stated)
+
+
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_features_graph_is_given_the_logits_and_reads_them_for_the_score_alone(guard, clean_images, scored):
     given = TensorSpec(names.RAW_LOGITS, "float32", (None, guard.manifest.classes))

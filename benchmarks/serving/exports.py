@@ -18,7 +18,7 @@ from diffense.target import Target
 from diffense_export.repository import export_guard
 
 PLACEMENTS: Final = ("separate", "shared")
-LOOPS: Final = ("bls", "fused", "whole")
+LOOPS: Final = ("bls", "fused", "whole", "direct")
 IMAGES: Final = 320  # to fit on; random weights have nothing to learn, only the guard's cost counts
 
 

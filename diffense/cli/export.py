@@ -22,6 +22,7 @@ class Loop(StrEnum):
     BLS = "bls"
     FUSED = "fused"
     WHOLE = "whole"
+    DIRECT = "direct"
 
 
 class Accelerator(StrEnum):
@@ -51,7 +52,8 @@ def command(
     loop: Annotated[
         Loop,
         typer.Option(
-            help="The guard calls the denoiser step by step, or one graph of all steps, or they are in the latents' graph."
+            help="The guard calls the denoiser step by step, or one graph of all steps, or they are in the latents' graph, "
+            "or the verdict too (MODEL_guarded then counts no verdicts)."
         ),
     ] = Loop.BLS,
     gateway: Annotated[bool, typer.Option(help="Also write MODEL_gateway, which answers whatever happens.")] = True,

@@ -39,7 +39,7 @@ class Job:
     request: Any
     inputs: Arrays
     logits: NDArray[np.float32]
-    latents: NDArray[np.float32]  # or, with a whole graph, the (N, 1) scores
+    latents: NDArray[np.float32]  # or the (N, 1) scores, where that graph gives them
     deadline: float
 
 
@@ -114,7 +114,7 @@ class GuardService:
     def _judge(
         self, logits: NDArray[np.float32], latents: NDArray[np.float32], jobs: Sequence[Job]
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        if self.wiring.loop == "whole":
+        if self.wiring.scored:
             scores = latents.reshape(-1)
             return scores, *self.scorer.judge(scores)
         trace = jobs[0].request.trace()  # of a stack of requests the server can show a call under one alone

@@ -8,7 +8,7 @@ from typing import Final, Literal, Self, cast, get_args
 from diffense import names
 
 Policy = Literal["annotate", "abstain", "reject"]
-Loop = Literal["bls", "fused", "whole"]
+Loop = Literal["bls", "fused", "whole", "direct"]
 SETTINGS_PARAMETER: Final = "diffense_settings"  # JSON, what the guard needs to know of the models around it
 POLICY_PARAMETER: Final = "diffense_policy"
 BUDGET_PARAMETER: Final = "diffense_budget_ms"
@@ -30,9 +30,9 @@ class Wiring:
         outputs: its outputs, in order.
         logits: the one among them that holds the logits.
         loop: ``bls`` calls the denoiser at every guided step, ``fused`` one graph for all of it; with ``whole`` the graph that
-            would give the latents gives the score.
+            would give the latents gives the score, with ``direct`` the verdict too, and no ensemble asks the guard.
         callee: the denoiser's or the scorer's model name; empty when the guard needs neither.
-        latents_model: the model that gives the latents, or with ``whole`` the score.
+        latents_model: the model that gives the latents, or the score.
         shared: whether that model gives the production outputs too.
         input: name of the production input.
         raw_logits: name of the latents model's other input, the logits; empty with `shared`. Stated, so that code and
@@ -62,9 +62,14 @@ class Wiring:
         return name_raw(self.outputs)
 
     @property
+    def scored(self) -> bool:
+        """Whether the latents model gives the score."""
+        return self.loop in ("whole", "direct")
+
+    @property
     def judged(self) -> str:
         """Name of the tensor that goes from the latents model to the guard: the latents, or the score made of them."""
-        return names.RAW_SCORE if self.loop == "whole" else names.LATENTS
+        return names.RAW_SCORE if self.scored else names.LATENTS
 
     def to_parameters(self) -> dict[str, str]:
         """Parameters of a config."""

@@ -100,7 +100,7 @@ class FamilyBuilder:
         """Names of the model folders, those that others depend on first."""
         made = [self.model] if self.options.production else []
         made += [name for name in (self.wiring.latents_model, self.wiring.callee) if name]
-        made += [self.model + names.GUARD_SUFFIX]
+        made += [self.model + names.GUARD_SUFFIX] if self._is_guard_asked else []
         made += [self.model + names.GATEWAY_SUFFIX] if self.options.gateway else []
         made += [self.model + names.STREAM_SUFFIX] if self.options.stream else []
         return (*made, self.model + names.GUARDED_SUFFIX)
@@ -116,21 +116,24 @@ class FamilyBuilder:
             copy_graph(self.target, self._make_version(self.model))
             self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
         latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
-        whole = self.options.loop == "whole"
+        scored, judged = self.wiring.scored, self.direct
         if not self.shared:
-            save_graph(build_features(self.guard, self.raw_logits, scored=whole), latents)
-        elif whole:
-            save_graph(build_whole(self.guard), latents)
+            save_graph(build_features(self.guard, self.raw_logits, scored=scored, judged=judged), latents)
+        elif scored:
+            save_graph(build_whole(self.guard, judged=judged), latents)
         else:
             copy_graph(self.guard.tapped_path, latents.parent)
         inputs = [self.input] if self.shared else [self.input, self.raw_logits]
-        outputs = [*(self.outputs if self.shared else ()), self.judged]
+        outputs = [*(self.outputs if self.shared else ()), self.judged, *(self.verdicts if judged else ())]
+        if judged and not self.shared:
+            outputs.append(replace(self.raw_logits, name=names.PASSED_LOGITS))
         config = self.writer.make_onnx(self.wiring.latents_model, inputs, outputs, self._image)
         if self.options.cache:
             self.writer.keep_responses(config)
         self._write(config)
         callee = self._build_callee() if self.wiring.callee else None
-        self._build_guard()
+        if self._is_guard_asked:
+            self._build_guard()
         if self.options.gateway:
             self._build_front(names.GATEWAY_SUFFIX, "gateway", self.options.gateway_options.to_parameters())
         if self.options.stream:
@@ -140,7 +143,7 @@ class FamilyBuilder:
         (self.stage / guarded.name / VERSION / ".gitkeep").touch()  # git and object stores keep no empty folders
         fused = self.options.loop == "fused"
         target = self.stage / self.model / VERSION / MODEL_FILE if self.options.production else self.target
-        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, whole)
+        return Exported(target, latents, self.shared, None if fused else callee, callee if fused else None, scored, judged)
 
     @property
     def raw_logits(self) -> TensorSpec:
@@ -152,8 +155,17 @@ class FamilyBuilder:
     @property
     def judged(self) -> TensorSpec:
         """What goes to the guard, latents or scores, as every model of the family states it."""
-        width = 1 if self.options.loop == "whole" else self.guard.manifest.latent_dim
+        width = 1 if self.wiring.scored else self.guard.manifest.latent_dim
         return self._pin(TensorSpec(self.wiring.judged, "float32", (None, width)))
+
+    @property
+    def direct(self) -> bool:
+        """Whether the ensemble does without the guard's model."""
+        return self.options.loop == "direct"
+
+    @property
+    def _is_guard_asked(self) -> bool:
+        return not self.direct or self.options.gateway or self.options.stream
 
     @property
     def _image(self) -> tuple[int, ...]:
@@ -167,7 +179,7 @@ class FamilyBuilder:
         return [TensorSpec(raw, by_name[name].dtype, by_name[name].shape) for raw, name in self.wiring.raw.items()]
 
     def _choose_callee(self) -> str | None:
-        if self.options.loop == "whole":
+        if self.options.loop in ("whole", "direct"):
             return None
         if self.options.loop == "fused":
             return names.SCORER_SUFFIX
@@ -230,6 +242,23 @@ class FamilyBuilder:
         self._write(config)
 
     def _make_ensemble(self) -> Any:
+        steps = self._list_direct_steps() if self.direct else self._list_steps()
+        shown = [*self.outputs, *self.verdicts]
+        name = self.model + names.GUARDED_SUFFIX
+        return self.writer.make_ensemble(name, [self.input], shown, steps, self._client_parameters)
+
+    def _list_direct_steps(self) -> list[Step]:
+        image = {self.input.name: self.input.name}
+        verdicts = {spec.name: spec.name for spec in self.verdicts}
+        shown = {output.name: output.name for output in self.outputs}
+        if self.shared:
+            return [Step(self.wiring.latents_model, image, {**shown, **verdicts})]
+        logits = self.guard.manifest.logits
+        behind = {**image, names.RAW_LOGITS: names.RAW_LOGITS}
+        last = Step(self.wiring.latents_model, behind, {names.PASSED_LOGITS: logits, **verdicts})
+        return [Step(self.model, image, {**shown, logits: names.RAW_LOGITS}), last]
+
+    def _list_steps(self) -> list[Step]:
         raw = {output: name for name, output in self.wiring.raw.items()}
         image = {self.input.name: self.input.name}
         latents = {self.wiring.judged: self.wiring.judged}
@@ -242,14 +271,7 @@ class FamilyBuilder:
         # later step makes every request for a part of the outputs fail (Triton issue 7482).
         shown = [spec.name for spec in (*self.outputs, *self.verdicts)]
         inputs = {name: name for name in (*self.wiring.raw, self.wiring.judged)}
-        last = Step(self.wiring.guard_model, inputs, {name: name for name in shown})
-        return self.writer.make_ensemble(
-            self.model + names.GUARDED_SUFFIX,
-            [self.input],
-            [*self.outputs, *self.verdicts],
-            [*front, last],
-            self._client_parameters,
-        )
+        return [*front, Step(self.wiring.guard_model, inputs, {name: name for name in shown})]
 
     @property
     def _client_parameters(self) -> dict[str, str]:

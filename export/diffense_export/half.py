@@ -16,7 +16,7 @@ from onnxruntime.transformers import float16
 from diffense.errors import ExportError
 from diffense.graphs import first_line
 from diffense.onnx_arrays import PRODUCER, WEIGHT_PREFIX
-from diffense_export.whole import PREFIX
+from diffense_export.whole import PREFIX, VERDICT_PREFIX
 
 LAYERS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
 # Sums over many values and what overflows or underflows at 65504 and 6e-5: variances, their epsilons, exponentials.
@@ -24,7 +24,7 @@ DELICATE: Final = frozenset({
     "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax", "LpNormalization", "Pow",
     "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Softmax", "Sqrt", *float16.DEFAULT_OP_BLOCK_LIST,
 })  # fmt: skip
-OWN: Final = ("diffense/", PREFIX)  # nodes that pool and whiten, and the scorer inside a whole graph
+OWN: Final = ("diffense/", PREFIX, VERDICT_PREFIX)  # nodes that pool, whiten, score and judge
 NARROWED: Final = ("graph_input_cast", "_cast_to_fp16_node")  # how onnxruntime calls the casts that it adds
 WIDENED: Final = ("graph_output_cast", "_cast_to_fp32_node")
 

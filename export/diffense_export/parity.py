@@ -64,7 +64,8 @@ class Exported:
         shared: whether it gives the target's outputs too.
         denoiser: one guided step, or None.
         scorer: the fused graph, or None.
-        whole: whether the latents' graph gives the score as well.
+        scored: whether the latents' graph gives the score as well.
+        judged: whether it gives the verdict too.
     """
 
     target: Path
@@ -72,7 +73,8 @@ class Exported:
     shared: bool
     denoiser: Path | None
     scorer: Path | None
-    whole: bool
+    scored: bool
+    judged: bool
 
 
 def draw_smooth_noise(count: int, size: tuple[int, int], channels: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -108,7 +110,7 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
 
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
-    scored = [names.RAW_SCORE] if exported.whole else []
+    scored = [*([names.RAW_SCORE] if exported.scored else ()), *(names.VERDICT_TENSORS if exported.judged else ())]
     given = {} if exported.shared else {names.RAW_LOGITS: production[manifest.logits]}
     served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], given)
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
@@ -121,6 +123,14 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     scores, p_values, flagged = _score(guard, exported, logits, served)
     ours, theirs = {names.SCORE: scores}, {names.SCORE: reference.scores}
     comparisons.append(_compare("whole path", "Guard.score", names.SCORE, ours, theirs, SCORE_TOLERANCE))
+    if exported.judged:
+        stated: dict[str, NDArray[Any]] = {
+            names.SCORE: scores,
+            names.P_VALUE: p_values.astype(np.float32),
+            names.FLAGGED: flagged,
+        }
+        columns = {name: served[name].reshape(-1) for name in names.VERDICT_TENSORS}
+        comparisons += [_compare("verdict", "calibration", name, columns, stated, 0.0) for name in names.VERDICT_TENSORS]
     report = ParityReport(
         images=len(pixels),
         origin="smooth noise" if clean is None else "clean images",
@@ -157,7 +167,7 @@ def _score(
     guard: Guard, exported: Exported, logits: NDArray[np.float32], served: dict[str, NDArray[Any]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]:
     """Score as the served models will."""
-    if exported.whole:
+    if exported.scored:
         scores = served[names.RAW_SCORE].reshape(-1)
         return scores, *guard.scorer.judge(scores)
     latents = served[names.LATENTS]

@@ -92,7 +92,8 @@ def export_guard(
         model: name of the production model; the others are called after it.
         placement: ``separate`` computes the latents in a graph of their own, ``shared`` in one with the outputs.
         loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps; ``whole`` puts these into the
-            graph that makes the latents.
+            graph that makes the latents, ``direct`` the verdict too: the ensemble then does without the guard's model, and
+            nothing counts its verdicts in the server's metrics.
         gateway: also write the gateway.
         gateway_options: its policy and budget.
         stream: also write the stream, which gives the production outputs before the verdict is there.

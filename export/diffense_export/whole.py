@@ -1,32 +1,42 @@
-"""The score in the graph that gives the latents, with the target's outputs or without them."""
+"""The score, and the verdict, in the graph that gives the latents, with the target's outputs or without them."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from diffense.errors import ExportError
 from diffense.graphs import cut_graph, load_model
 from diffense.guard import Guard
-from diffense.names import LATENTS, LOGITS, RAW_SCORE, SCORE
+from diffense.names import LATENTS, LOGITS, PASSED_LOGITS, RAW_SCORE, SCORE
 from diffense.onnx_arrays import OPSET
 from diffense.target import TensorSpec
 from diffense_export.scorer import build_scorer
+from diffense_export.verdict import build_verdict
 
 PREFIX = "diffense_scorer/"
+VERDICT_PREFIX = "diffense_verdict/"
 
 
-def build_whole(guard: Guard) -> ir.Model:
+def build_whole(guard: Guard, *, judged: bool = False) -> ir.Model:
     """The tapped graph with the scorer behind it: the target's outputs, the latents, and ``diffense_raw_score`` (N, 1) float32.
+
+    Args:
+        guard: whose target and latents it is.
+        judged: whether the verdict stands behind the score, three more outputs (`build_verdict`).
 
     Raises:
         ExportError: the target's opset is older than the scorer's operators.
     """
     model = load_model(guard.tapped_path)
-    append_score(model, guard, next(value for value in model.graph.outputs if value.name == guard.manifest.logits))
+    logits = next(value for value in model.graph.outputs if value.name == guard.manifest.logits)
+    append_score(model, guard, logits, judged=judged)
     return model
 
 
-def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Model:
+def build_features(guard: Guard, logits: TensorSpec, *, scored: bool, judged: bool = False) -> ir.Model:
     """The truncated target: the latents (N, K d) float32, and ``diffense_raw_score`` (N, 1) float32 where it is wanted.
 
     The logits are an input in any case, so that an ensemble runs this graph when the target has run and not beside it, on the
@@ -36,6 +46,8 @@ def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Mode
         guard: whose target and latents it is.
         logits: name, dtype and shape, (N, C) or (N, C, 1, ...), of that input.
         scored: whether the scorer stands behind the latents.
+        judged: whether the verdict stands behind the score, three more outputs (`build_verdict`), and the logits come out as
+            they went in, ``diffense_passed_logits``: an ensemble cannot show a tensor that a later step reads.
 
     Raises:
         ExportError: a tensor of the target has that name, or its opset is older than the scorer's operators.
@@ -45,14 +57,21 @@ def build_features(guard: Guard, logits: TensorSpec, *, scored: bool) -> ir.Mode
     shape = ir.Shape(["batch" if batch is None else batch, *sizes])
     if logits.name in ir.convenience.create_value_mapping(model.graph):
         raise ExportError(f"the target has a tensor called {logits.name}, which the guard needs; rename it")
-    given = ir.val(logits.name, ir.DataType.from_numpy(np.dtype(logits.dtype)), shape)
+    dtype = ir.DataType.from_numpy(np.dtype(logits.dtype))
+    given = ir.val(logits.name, dtype, shape)
     model.graph.inputs.append(given)
     if scored:
-        append_score(model, guard, given)
+        append_score(model, guard, given, judged=judged)
+    if judged:
+        passed = ir.node("Identity", [given], name=VERDICT_PREFIX + "passed")
+        model.graph.append(passed)
+        value = passed.outputs[0]
+        value.name, value.dtype, value.shape = PASSED_LOGITS, dtype, shape
+        model.graph.outputs.append(value)
     return model
 
 
-def append_score(model: ir.Model, guard: Guard, logits: ir.Value) -> None:
+def append_score(model: ir.Model, guard: Guard, logits: ir.Value, *, judged: bool = False) -> None:
     """Put the scorer behind the (N, K d) latents of a graph that gives or is given these logits, (N, C) or (N, C, 1, ...).
 
     Raises:
@@ -61,31 +80,44 @@ def append_score(model: ir.Model, guard: Guard, logits: ir.Value) -> None:
     opset = model.opset_imports[""]
     if opset < OPSET:
         raise ExportError(f"the target has opset {opset}, the score needs {OPSET}; export it anew or use another loop")
-    scorer = _raise_opset(build_scorer(guard), opset).graph
     graph = model.graph
     latents = next(value for value in graph.outputs if value.name == LATENTS)
-    given = {LATENTS: latents, LOGITS: _flatten(graph, logits, guard.manifest.classes)}
-    for value in list(scorer.inputs):
+    flat = _flatten(graph, logits, guard.manifest.classes)
+    scored = _graft(model, build_scorer(guard), {LATENTS: latents, LOGITS: flat}, PREFIX)
+    raw = _spoil(graph, scored[SCORE], latents, guard.manifest.latent_dim)
+    graph.outputs.append(raw)
+    if judged:
+        verdict = _graft(model, build_verdict(guard), {RAW_SCORE: raw, LOGITS: flat}, VERDICT_PREFIX)
+        for name, value in verdict.items():
+            value.name = name
+            graph.outputs.append(value)
+    passes.RemoveUnusedNodesPass()(model)  # the scorer's p-value
+
+
+def _graft(model: ir.Model, part: ir.Model, given: Mapping[str, ir.Value], prefix: str) -> dict[str, ir.Value]:
+    """Move a graph of ours, with these values as its inputs, into a model; gives its outputs by name."""
+    moved, graph = _raise_opset(part, model.opset_imports[""]).graph, model.graph
+    for value in list(moved.inputs):
         ir.convenience.replace_all_uses_with(value, given[str(value.name)])
-    score = next(value for value in scorer.outputs if value.name == SCORE)
-    scorer.outputs.clear()
-    for name, value in list(scorer.initializers.items()):
-        del scorer.initializers[name]
-        value.name = PREFIX + name
+    outputs = {str(value.name): value for value in moved.outputs}
+    moved.outputs.clear()
+    for name, value in list(moved.initializers.items()):
+        del moved.initializers[name]
+        value.name = prefix + name
         graph.initializers.add(value)
-    for node in list(scorer):
-        scorer.remove(node)
-        node.name = PREFIX + str(node.name)
+    for node in list(moved):
+        moved.remove(node)
+        node.name = prefix + str(node.name)
         for value in node.outputs:
-            value.name = PREFIX + str(value.name)
+            value.name = prefix + str(value.name)
         graph.append(node)
-    graph.outputs.append(_spoil(graph, score, latents, guard.manifest.latent_dim))
+    return outputs
 
 
-def _raise_opset(scorer: ir.Model, opset: int) -> ir.Model:
+def _raise_opset(part: ir.Model, opset: int) -> ir.Model:
     if opset == OPSET:
-        return scorer
-    return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(scorer), opset))
+        return part
+    return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(part), opset))
 
 
 def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value, width: int) -> ir.Value:
