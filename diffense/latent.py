@@ -1,6 +1,9 @@
 """Latents: pooled taps, centred and whitened with clean statistics; fitted here and appended to the target as ONNX nodes.
 
 Only operators whose form is the same from opset 7 to 23 are appended, so that the target's own opset can stay.
+
+The last tap's nodes come first: onnxruntime runs, of what a node needs, the part that stands last in the file first, and so
+pools each tap while it is in the cache and gives its memory back (docs/decisions/0025).
 """
 
 from collections.abc import Sequence
@@ -62,8 +65,8 @@ class LatentGraph:
 def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value]) -> list[ir.Value]:
     """Pool each tap to (N, P) float32: 2x2 means and maximum of maps, class token and token mean of tokens, vectors as is."""
     nodes = LatentGraph(graph)
-    pooled = []
-    for tap, value in zip(taps, values, strict=True):
+    pooled: list[ir.Value] = []
+    for tap, value in reversed(list(zip(taps, values, strict=True))):
         x = nodes.add("Cast", [value], to=int(ir.DataType.FLOAT)) if tap.dtype != "float32" else value
         if tap.kind == "vector":
             pooled.append(x)
@@ -74,7 +77,7 @@ def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Val
         else:
             x = nodes.add("Transpose", [x], perm=[0, 3, 1, 2]) if tap.kind == "map_nhwc" else x
             pooled.append(_pool_map(nodes, x, tap))
-    return pooled
+    return pooled[::-1]
 
 
 def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap) -> ir.Value:
@@ -108,13 +111,13 @@ def append_latents(
     """
     nodes = LatentGraph(graph)
     nodes.count = len(graph)  # names go on where append_pooling stopped
-    latents = []
-    for value, whitening in zip(pooled, whitenings, strict=True):
+    latents: list[ir.Value] = []
+    for value, whitening in reversed(list(zip(pooled, whitenings, strict=True))):
         directions = np.zeros((whitening.directions.shape[0], width), np.float32)
         directions[:, : whitening.directions.shape[1]] = whitening.directions
         centred = nodes.add("Sub", [value, nodes.constant(whitening.mean.astype(np.float32))])
         latents.append(nodes.add("MatMul", [centred, nodes.constant(directions)]))
-    joined = nodes.add("Concat", latents, axis=1)
+    joined = nodes.add("Concat", latents[::-1], axis=1)
     if target.input.dtype == "float32":
         # A classifier may swallow NaN (maximum, clip); x - x is 0 for what is finite and NaN for what is not.
         source = next(value for value in graph.inputs if value.name == target.input.name)

@@ -11,24 +11,19 @@ from hypothesis.extra.numpy import arrays
 from diffense import names
 from diffense.graphs import open_session
 from diffense.target import TensorSpec
-from diffense_export.verdict import build_verdict
+from diffense_export.verdict import LARGEST, NOTHING, build_verdict
 from diffense_export.whole import build_features
-
-CLASSES = 3
 
 
 class Stub:
     """A guard as far as its verdict is concerned."""
 
     def __init__(self, guard, calibration, alpha):
-        formula = guard.scorer.formula
-        means = np.zeros((CLASSES, formula.guidance.means.shape[1]))
-        formula = replace(formula, guidance=replace(formula.guidance, means=means))
-        self.scorer = replace(guard.scorer, formula=formula, calibration=calibration, alpha=alpha)
+        self.scorer = replace(guard.scorer, calibration=calibration, alpha=alpha)
 
 
-def judge(session, scores, logits):
-    given = {names.RAW_SCORE: scores[:, None], names.LOGITS: logits}
+def judge(session, scores, nothing=0.0):
+    given = {names.RAW_SCORE: scores[:, None], NOTHING: np.full((len(scores), 1), nothing, np.float32)}
     return [column[:, 0] for column in session.run(list(names.VERDICT_TENSORS), given)]
 
 
@@ -48,7 +43,7 @@ def sessions(guard):
 def check_finite(sessions, scores):
     for scorer, session in sessions:
         mixed = np.concatenate([scores, scorer.calibration[:50], np.nextafter(scorer.calibration[:50], np.float32(np.inf))])
-        stated, p_values, flagged = judge(session, mixed, np.ones((len(mixed), CLASSES), np.float32))
+        stated, p_values, flagged = judge(session, mixed)
         known_p, known_flagged = scorer.judge(mixed)
         assert np.array_equal(stated, mixed)
         assert np.array_equal(p_values, known_p.astype(np.float32))
@@ -60,27 +55,32 @@ def test_finite_scores_are_judged_as_calibration_judges_them(sessions):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("where", ["score", "logit"])
-def test_what_is_no_number_has_no_verdict(sessions, value, where):
-    scores, logits = np.zeros(3, np.float32), np.ones((3, CLASSES), np.float32)
-    if where == "score":
-        scores[1] = value
-    else:
-        logits[1, 2] = value
+def test_a_score_that_is_no_number_has_no_verdict(sessions, value):
+    scores = np.array([0, value, 0], np.float32)
     for scorer, session in sessions:
-        stated, p_values, flagged = judge(session, scores, logits)
+        stated, p_values, flagged = judge(session, scores)
         assert (stated[1], p_values[1], flagged[1]) == (names.NOT_SCORED_VALUE, names.NOT_SCORED_VALUE, names.UNSCORED)
         known_p, known_flagged = scorer.judge(scores[[0, 2]])
         assert np.array_equal(p_values[[0, 2]], known_p.astype(np.float32))
         assert np.array_equal(flagged[[0, 2]], known_flagged)
+        assert (judge(session, np.zeros(2, np.float32), np.nan)[2] == names.UNSCORED).all()
 
 
 def test_largest_numbers_are_numbers(sessions):
-    largest = np.finfo(np.float32).max
-    scores = np.array([largest, -largest], np.float32)
+    scores = np.array([LARGEST, -LARGEST], np.float32)
     for scorer, session in sessions:
-        flagged = judge(session, scores, np.full((2, CLASSES), largest, np.float32))[2]
-        assert np.array_equal(flagged, scorer.judge(scores)[1])
+        assert np.array_equal(judge(session, scores)[2], scorer.judge(scores)[1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_no_number_takes_the_verdict_from_its_own_row_alone(guard, clean_images, value):
+    given = TensorSpec(names.RAW_LOGITS, "float32", (None, guard.manifest.classes))
+    session = open_session(build_features(guard, given, scored=True, judged=True))
+    image, logits = guard.preprocessing.apply(clean_images[:3]), guard.run(clean_images[:3])[0].astype(np.float32)
+    before = session.run([names.FLAGGED], {"image": image, names.RAW_LOGITS: logits})[0].ravel()
+    logits[1, 0] = value
+    after = session.run([names.FLAGGED], {"image": image, names.RAW_LOGITS: logits})[0].ravel()
+    assert after.tolist() == [before[0], names.UNSCORED, before[2]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])

@@ -14,7 +14,7 @@ from diffense.names import LATENTS, LOGITS, PASSED_LOGITS, RAW_SCORE, SCORE
 from diffense.onnx_arrays import OPSET
 from diffense.target import TensorSpec
 from diffense_export.scorer import build_scorer
-from diffense_export.verdict import build_verdict
+from diffense_export.verdict import NOTHING, build_verdict
 
 PREFIX = "diffense_scorer/"
 VERDICT_PREFIX = "diffense_verdict/"
@@ -82,16 +82,16 @@ def append_score(model: ir.Model, guard: Guard, logits: ir.Value, *, judged: boo
         raise ExportError(f"the target has opset {opset}, the score needs {OPSET}; export it anew or use another loop")
     graph = model.graph
     latents = next(value for value in graph.outputs if value.name == LATENTS)
-    flat = _flatten(graph, logits, guard.manifest.classes)
+    flat, nothing = _read_logits(graph, logits, guard.manifest.classes)
     scored = _graft(model, build_scorer(guard), {LATENTS: latents, LOGITS: flat}, PREFIX)
     raw = _spoil(graph, scored[SCORE], latents, guard.manifest.latent_dim)
     graph.outputs.append(raw)
     if judged:
-        verdict = _graft(model, build_verdict(guard), {RAW_SCORE: raw, LOGITS: flat}, VERDICT_PREFIX)
+        verdict = _graft(model, build_verdict(guard), {RAW_SCORE: raw, NOTHING: nothing}, VERDICT_PREFIX)
         for name, value in verdict.items():
             value.name = name
             graph.outputs.append(value)
-    passes.RemoveUnusedNodesPass()(model)  # the scorer's p-value
+    passes.RemoveUnusedNodesPass()(model)  # the scorer's p-value, and what only a verdict reads
 
 
 def _graft(model: ir.Model, part: ir.Model, given: Mapping[str, ir.Value], prefix: str) -> dict[str, ir.Value]:
@@ -121,29 +121,42 @@ def _raise_opset(part: ir.Model, opset: int) -> ir.Model:
 
 
 def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value, width: int) -> ir.Value:
-    """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone.
-
-    A product with a column of zeros, since TensorRT's compiler fails on the same written as a product and a sum.
-    """
-    zeros = ir.Value(name=PREFIX + "zeros", const_value=ir.tensor(np.zeros((width, 1), np.float32)))
-    graph.initializers.add(zeros)
-    nothing = ir.node("MatMul", [latents, zeros], name=PREFIX + "nothing")
+    """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone."""
+    nothing = _cancel(graph, latents, width, PREFIX)
     spoiled = ir.node("Add", [score, nothing.outputs[0]], name=PREFIX + "spoiled")
-    for node, name in ((nothing, PREFIX + "nothing"), (spoiled, RAW_SCORE)):
-        node.outputs[0].name = name
-        graph.append(node)
+    graph.extend([nothing, spoiled])
     result = spoiled.outputs[0]
-    result.dtype, result.shape = ir.DataType.FLOAT, score.shape
+    result.name, result.dtype, result.shape = RAW_SCORE, ir.DataType.FLOAT, score.shape
     return result
 
 
-def _flatten(graph: ir.Graph, logits: ir.Value, classes: int) -> ir.Value:
-    """Logits of any float type and shape as (N, C) float32, which the scorer takes."""
+def _read_logits(graph: ir.Graph, logits: ir.Value, classes: int) -> tuple[ir.Value, ir.Value]:
+    """Logits of any float type and shape as (N, C) float32, which the scorer takes, and `NOTHING` of them.
+
+    Their nodes stand before the pooling, or onnxruntime would run the whole target for them first (`diffense.latent`).
+    """
     shape = ir.Value(name=PREFIX + "rows", const_value=ir.tensor([-1, classes], ir.DataType.INT64))
     graph.initializers.add(shape)
     wide = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT.value}, name=PREFIX + "cast")
     flat = ir.node("Reshape", [wide.outputs[0], shape], name=PREFIX + "flatten")
     for node, name in ((wide, "wide"), (flat, "flat")):
         node.outputs[0].name = PREFIX + name
-        graph.append(node)
-    return flat.outputs[0]
+    nothing = _cancel(graph, flat.outputs[0], classes, VERDICT_PREFIX)
+    maker, nodes = logits.producer(), [wide, flat, nothing]
+    if maker is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(maker, nodes)
+    return flat.outputs[0], nothing.outputs[0]
+
+
+def _cancel(graph: ir.Graph, value: ir.Value, width: int, prefix: str) -> ir.Node:
+    """A node that makes of (N, width) an (N, 1) of zeros, NaN where a row holds what is no finite number.
+
+    A product with zeros, since TensorRT's compiler fails on the same written as a product and a sum.
+    """
+    zeros = ir.Value(name=prefix + "zeros", const_value=ir.tensor(np.zeros((width, 1), np.float32)))
+    graph.initializers.add(zeros)
+    node = ir.node("MatMul", [value, zeros], name=prefix + "nothing")
+    node.outputs[0].name = node.name
+    return node
