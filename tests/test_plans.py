@@ -23,8 +23,14 @@ from repositories import hash_tree
 
 # TensorRT for RTX keeps no timings and says so; the calls are the same.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-FORMS = {"m": ("separate", "bls"), "f": ("shared", "fused"), "w": ("shared", "whole"), "s": ("separate", "whole")}
-GRAPHS = {"m": ("m_features", "m_denoiser"), "f": ("f_tapped", "f_scorer"), "w": ("w_tapped",), "s": ("s_features",)}
+FORMS = {
+    "m": ("separate", "bls"), "f": ("shared", "fused"), "w": ("shared", "whole"), "s": ("separate", "whole"),
+    "d": ("shared", "direct"), "e": ("separate", "direct"),
+}  # fmt: skip
+GRAPHS = {
+    "m": ("m_features", "m_denoiser"), "f": ("f_tapped", "f_scorer"), "w": ("w_tapped",), "s": ("s_features",),
+    "d": ("d_tapped",), "e": ("e_features",),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

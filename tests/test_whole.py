@@ -1,12 +1,18 @@
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import onnx_models
 from diffense import names
 from diffense.errors import ExportError
 from diffense.fit import FitSettings, fit_guard
-from diffense.graphs import open_session
+from diffense.graphs import load_model, open_session
 from diffense.target import Target, TensorSpec
 from diffense_export.repository import export_guard
 from diffense_export.whole import build_features, build_whole
@@ -81,6 +87,22 @@ def test_a_features_graph_is_given_the_logits_and_reads_them_for_the_score_alone
 def test_a_target_that_uses_the_name_of_the_logits_input_is_told(guard):
     with pytest.raises(ExportError, match="a tensor called image, which the guard needs; rename it"):
         build_features(guard, TensorSpec("image", "float32", (None, guard.manifest.classes)), scored=False)
+
+
+@pytest.mark.parametrize("kind", ["tapped", "whole", "direct"])
+def test_onnxruntime_pools_each_tap_before_it_runs_the_rest_of_the_target(guard, clean_images, tmp_path, kind):
+    model = load_model(guard.tapped_path) if kind == "tapped" else build_whole(guard, judged=kind == "direct")
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, {guard.manifest.input.name: guard.preprocessing.apply(clean_images[:1])})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    names_in_order = [event["name"] for event in sorted(ran, key=lambda event: event["ts"])]
+    kinds = "".join("p" if n.startswith("diffense/") else "s" if n.startswith("diffense_") else "t" for n in names_in_order)
+    pooled = len(re.findall("p+", kinds.partition("s")[0]))  # runs of our nodes with target nodes in between
+    assert pooled > len(guard.manifest.taps) // 2
+    assert "p" not in kinds.partition("s")[2]
 
 
 def test_an_older_opset_is_refused(clean_images, tmp_path):

@@ -123,7 +123,8 @@ def _raise_opset(part: ir.Model, opset: int) -> ir.Model:
 def _spoil(graph: ir.Graph, score: ir.Value, latents: ir.Value, width: int) -> ir.Value:
     """The score, NaN where a latent is no number: comparisons inside the scorer hide it, and the guard sees the score alone."""
     nothing = _cancel(graph, latents, width, PREFIX)
-    spoiled = ir.node("Add", [score, nothing.outputs[0]], name=PREFIX + "spoiled")
+    # A difference: onnxruntime would join product and sum to one node, and run the scorer's part for the logits first.
+    spoiled = ir.node("Sub", [score, nothing.outputs[0]], name=PREFIX + "spoiled")
     graph.extend([nothing, spoiled])
     result = spoiled.outputs[0]
     result.name, result.dtype, result.shape = RAW_SCORE, ir.DataType.FLOAT, score.shape
