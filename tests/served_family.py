@@ -1,5 +1,7 @@
 """A family of served models around a real guard, on the fake server module."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from diffense import names
@@ -26,6 +28,9 @@ WIRING = Wiring(
 )
 
 
+DIRECT = replace(WIRING, loop="direct", callee="", latents_model="m_tapped", shared=True, raw_logits="")
+
+
 class ServedFamily:
     """Twelve images, what every model gives for them, and services that ask those models."""
 
@@ -48,6 +53,16 @@ class ServedFamily:
 
     def tapped(self, arrays):
         return self.production(arrays) | self.find_latents(arrays)
+
+    def judge_directly(self, arrays):
+        """A graph of target and verdict; an image that it does not know has a score that is no number."""
+        scores, p_values, flagged = (column[:, None] for column in self.truth[:3])
+        found = {
+            names.RAW_SCORE: self.look_up(scores, scores[0] * np.nan, arrays["image"]),
+            names.P_VALUE: self.look_up(p_values, p_values[0] * 0 - 1, arrays["image"]).astype(np.float32),
+            names.FLAGGED: self.look_up(flagged, flagged[0] * 0 + names.UNSCORED, arrays["image"]),
+        }
+        return self.production(arrays) | found
 
     def find_latents(self, arrays):
         return {names.LATENTS: self.look_up(self.latents, self.latents[0] * np.nan, arrays["image"])}

@@ -24,8 +24,8 @@ SUFFIXES = {
     ("separate", "fused"): ["", "_features", "_gateway", "_guard", "_guarded", "_scorer"],
     ("shared", "bls"): ["", "_denoiser", "_gateway", "_guard", "_guarded", "_tapped"],
     ("shared", "fused"): ["", "_gateway", "_guard", "_guarded", "_scorer", "_tapped"],
-    ("separate", "direct"): ["", "_features", "_gateway", "_guard", "_guarded"],
-    ("shared", "direct"): ["", "_gateway", "_guard", "_guarded", "_tapped"],
+    ("separate", "direct"): ["", "_features", "_gateway", "_guarded"],
+    ("shared", "direct"): ["", "_gateway", "_guarded", "_tapped"],
 }
 
 

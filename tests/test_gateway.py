@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from diffense import names
+from diffense.health import REQUEST_ID
 from diffense.serving.budget import REST_S, STRIKES, Budget, OverBudgetError
 from diffense.serving.calls import CallError, call_model
 from diffense.serving.policy import replace_outputs
 from diffense.serving.settings import GatewayOptions, Wiring
 from fake_triton import FakeBackend, TritonError
-from served_family import WIRING, ServedFamily, fail
+from served_family import DIRECT, WIRING, ServedFamily, fail
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,41 @@ def test_the_gateway_names_a_bad_image_and_answers_its_neighbour(served):
     served.check(good, [0])
     assert bad.error().code() == TritonError.INVALID_ARG
     assert "image 1 of the request" in bad.error().message()
+
+
+def test_a_direct_gateway_asks_one_model_and_counts_the_verdicts_itself(served):
+    backend, service = served.gateway_service(wiring=DIRECT, m=fail, m_guard=fail, m_tapped=served.judge_directly)
+    image = served.image[[1, 2]].copy()
+    image[1, 0, 0, 0] = np.nan
+    health = served.ask_gateway([3], identity=REQUEST_ID)
+    good, bad, _ = service.answer([served.ask_gateway([0, 7]), served.ask_gateway([], image=image), health])
+    served.check(good, [0, 7])
+    assert np.array_equal(good.arrays()["logits"], served.logits[[0, 7]])
+    assert bad.error().code() == TritonError.INVALID_ARG
+    assert "image 1 of the request" in bad.error().message()
+    assert backend.total("diffense_scored_total") == 2
+    assert backend.total("diffense_flagged_total") == served.truth.flagged[[0, 7]].sum()
+
+
+def test_a_direct_gateway_gives_no_verdict_for_logits_that_are_no_numbers(served):
+    def lose(arrays):
+        found = served.judge_directly(arrays)
+        for name, value in ((names.P_VALUE, -1), (names.FLAGGED, names.UNSCORED)):  # as the graph says it, with a good score
+            found[name] = np.full_like(found[name], value)
+        return found
+
+    backend, service = served.gateway_service(wiring=DIRECT, m_tapped=lose)
+    (response,) = service.answer([served.ask_gateway([0])])
+    assert [response.arrays()[name].item() for name in names.VERDICT_TENSORS] == [-1, -1, names.UNSCORED]
+    assert backend.total("diffense_unscored_total", reason="logits") == 1
+
+
+def test_without_the_verdicts_graph_a_direct_gateway_asks_production(served):
+    backend, service = served.gateway_service(wiring=DIRECT, m_tapped=fail)
+    (response,) = service.answer([served.ask_gateway([0, 1])])
+    assert np.array_equal(response.arrays()["logits"], served.logits[:2])
+    assert (response.arrays()[names.FLAGGED] == names.UNSCORED).all()
+    assert backend.total("diffense_unscored_total", reason="guard") == 2
 
 
 @pytest.mark.parametrize("broken", ["m_features", "m_guard"])

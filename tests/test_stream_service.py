@@ -11,7 +11,7 @@ from diffense import names
 from diffense.serving.budget import STRIKES
 from diffense.serving.stream import UNDER_WAY
 from fake_triton import TritonError
-from served_family import VERDICTS, WIRING, ServedFamily, fail
+from served_family import DIRECT, VERDICTS, WIRING, ServedFamily, fail
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,17 @@ def test_requests_of_unlike_size_are_not_stacked(served):
     sent = answer(service, served.ask_gateway([0]), served.ask_gateway([], image=small), served.ask_gateway([1]))
     assert shapes == [(2, *served.image.shape[1:]), (2, 3, 8, served.image.shape[-1])]
     assert [len(prediction["logits"]) for prediction, _ in sent] == [1, 2, 1]
+
+
+def test_a_direct_stream_counts_the_verdicts_itself(served):
+    backend, service = served.stream_service(wiring=DIRECT, m=fail, m_guard=fail, m_tapped=served.judge_directly)
+    rows = ([0, 7], [5])
+    for sent, picked in zip(answer(service, *(served.ask_gateway(part) for part in rows)), rows, strict=True):
+        served.check_arrays(sent[1], picked)
+    assert backend.total("diffense_scored_total") == 3
+    for label in set(served.logits[[0, 7, 5]].argmax(axis=1).tolist()):
+        expected = (served.logits[[0, 7, 5]].argmax(axis=1) == label).sum()
+        assert backend.total("diffense_scored_total", label=str(label)) == expected
 
 
 @pytest.mark.parametrize("broken", ["m_features", "m_guard"])

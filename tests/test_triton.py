@@ -165,12 +165,23 @@ def test_asking_for_production_outputs_alone_keeps_the_guard_on(server, known):
 @pytest.mark.parametrize("family", ["separate_direct", "shared_direct"])
 def test_without_the_guards_model_a_bad_image_has_no_verdict_and_harms_no_other(server, known, family, value):
     _, image, truth = known
-    before = read_total(server, "diffense_scored_total", model=family)  # the gateway's, whose verdicts the guard counts
+    before = read_total(server, "diffense_scored_total", model=family)  # the gateway's
     result = ask(server, "grpc", f"{family}_guarded", spoil(image, value))
     assert result.as_numpy(names.FLAGGED).ravel().tolist() == [truth.flagged[0], names.UNSCORED, truth.flagged[2]]
     assert result.as_numpy(names.SCORE)[1] == result.as_numpy(names.P_VALUE)[1] == names.NOT_SCORED_VALUE
     assert np.allclose(result.as_numpy(names.SCORE)[[0, 2], 0], truth.scores[[0, 2]], atol=1e-4)
     assert read_total(server, "diffense_scored_total", model=family) == before
+
+
+def test_a_gateway_without_a_guards_model_counts_and_refuses(server, known):
+    _, image, truth = known
+    counted = ("diffense_scored_total", "diffense_flagged_total")
+    before = [read_total(server, series, model="shared_direct") for series in counted]
+    ask(server, "grpc", "shared_direct_gateway", image)
+    with pytest.raises(InferenceServerException, match="image 1 of the request"):
+        ask(server, "grpc", "shared_direct_gateway", spoil(image, np.nan))
+    after = [read_total(server, series, model="shared_direct") for series in counted]
+    assert np.subtract(after, before).tolist() == [len(image), truth.flagged.sum()]
 
 
 def test_the_metrics_page_counts_what_was_flagged_and_refused(server, known):

@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense import names
+from diffense.health import REQUEST_ID
 from diffense.serving.budget import Budget, OverBudgetError
 from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, split_rows
+from diffense.serving.meter import Meter
 from diffense.serving.settings import Wiring
 from diffense.serving.verdicts import VerdictRows
 
@@ -18,16 +20,20 @@ Verdict = VerdictRows | RefusedError
 class Family:
     """Calls the models behind a front. Those within a budget may outlive their request and are not part of its trace.
 
+    What the latents model found (`Wiring.found`) is the latents or the scores, (N, W) float32, and with ``direct`` p-values and
+    flags, (N, 1).
+
     Args:
         backend: the server's module.
         wiring: the models and the tensors between them.
+        meter: where verdicts are counted that no guard's model counts.
     """
 
-    def __init__(self, backend: Any, wiring: Wiring) -> None:
-        self.backend, self.wiring = backend, wiring
+    def __init__(self, backend: Any, wiring: Wiring, meter: Meter) -> None:
+        self.backend, self.wiring, self.meter = backend, wiring, meter
 
-    def ask_production(self, images: NDArray[Any], trace: Any) -> tuple[Arrays, NDArray[np.float32] | None]:
-        """Production outputs, and the latents where the same graph gives them.
+    def ask_production(self, images: NDArray[Any], trace: Any) -> tuple[Arrays, Arrays | None]:
+        """Production outputs, and what the latents model finds where it is the same graph.
 
         Args:
             images: stacked requests.
@@ -39,14 +45,12 @@ class Family:
         outputs = list(self.wiring.outputs)
         if self.wiring.shared:
             try:
-                *found, latents = call_model(
-                    self.backend,
-                    self.wiring.latents_model,
-                    {self.wiring.input: images},
-                    [*outputs, self.wiring.judged],
-                    trace=trace,
+                wanted = [*outputs, *self.wiring.found]
+                inputs = {self.wiring.input: images}
+                arrays = call_model(self.backend, self.wiring.latents_model, inputs, wanted, trace=trace)
+                return dict(zip(outputs, arrays, strict=False)), dict(
+                    zip(self.wiring.found, arrays[len(outputs) :], strict=True)
                 )
-                return dict(zip(outputs, found, strict=True)), latents
             except CallError as error:
                 if error.code == "INVALID_ARG":
                     raise  # nor would the other model take this input
@@ -55,8 +59,8 @@ class Family:
         found = call_model(self.backend, self.wiring.model, {self.wiring.input: images}, outputs, trace=trace)
         return dict(zip(outputs, found, strict=True)), None
 
-    def ask_latents(self, images: NDArray[Any], outputs: Arrays) -> NDArray[np.float32]:
-        """Latents (N, D) of images (N, ...).
+    def ask_latents(self, images: NDArray[Any], outputs: Arrays) -> Arrays:
+        """What the latents model finds in images (N, ...).
 
         Args:
             images: stacked requests.
@@ -68,25 +72,25 @@ class Family:
         inputs = {self.wiring.input: images}
         if self.wiring.raw_logits:
             inputs[self.wiring.raw_logits] = outputs[self.wiring.logits]
-        (latents,) = call_model(self.backend, self.wiring.latents_model, inputs, [self.wiring.judged])
-        return latents
+        arrays = call_model(self.backend, self.wiring.latents_model, inputs, self.wiring.found)
+        return dict(zip(self.wiring.found, arrays, strict=True))
 
     def judge(
         self,
         budget: Budget,
         images: NDArray[Any],
         outputs: Arrays,
-        latents: NDArray[np.float32] | None,
+        found: Arrays | None,
         sizes: Sequence[int],
         seconds: float | None = None,
     ) -> list[Verdict]:
-        """Latents, where they are missing, and verdicts, within a budget.
+        """Ask for the latents, where they are missing, and for the verdicts, within a budget.
 
         Args:
             budget: the time, and the rest after failures.
             images: stacked requests.
             outputs: production outputs of these images.
-            latents: of these images, None where production gave none.
+            found: in these images, None where production gave nothing but its outputs.
             sizes: images of each request.
             seconds: a limit below the budget.
 
@@ -95,12 +99,16 @@ class Family:
         """
 
         def ask(deadline: float) -> list[Verdict]:
-            known = self.ask_latents(images, outputs) if latents is None else latents
+            known = self.ask_latents(images, outputs) if found is None else found
             left = deadline - budget.clock()
             if left <= 0:
                 raise OverBudgetError("budget")
+            if self.wiring.direct:
+                return self.read_verdicts(known, sizes)
             return self.ask_guard(outputs, known, sizes, timeout_us=max(1, int(left * 1e6)))
 
+        if found is not None and self.wiring.direct:
+            return self.read_verdicts(found, sizes)
         try:
             return budget.run(ask, seconds)
         except OverBudgetError:
@@ -109,14 +117,33 @@ class Family:
             self.backend.Logger.log_error(f"no verdict: {error!r}")
             raise OverBudgetError("internal") from error
 
-    def ask_guard(
-        self, outputs: Arrays, latents: NDArray[np.float32], sizes: Sequence[int], timeout_us: int = 0
-    ) -> list[Verdict]:
+    def read_verdicts(self, found: Arrays, sizes: Sequence[int]) -> list[Verdict]:
+        """The verdicts that a ``direct`` graph gave; a request that holds an unusable image is refused."""
+        scores, p_values, flagged = (found[name].reshape(-1) for name in self.wiring.found)
+        unscored = flagged == names.UNSCORED
+        reasons = ["logits" if missing else "" for missing in unscored]
+        verdicts = VerdictRows(np.where(unscored, p_values, scores), p_values, flagged, reasons).split(sizes)
+        errors = [find_row_errors(rows) for rows in split_rows(found[self.wiring.judged], sizes)]
+        return [
+            RefusedError("INVALID_ARG", error) if error else verdict for error, verdict in zip(errors, verdicts, strict=True)
+        ]
+
+    def count(self, requests: Sequence[Any], outputs: Arrays, sizes: Sequence[int], verdicts: Sequence[Verdict]) -> None:
+        """Count the verdicts of `judge` on stacked requests, where no guard's model has done so."""
+        if not self.wiring.direct:
+            return
+        logits = outputs[self.wiring.logits]
+        labels = split_rows(logits.reshape(len(logits), -1).argmax(axis=1), sizes)
+        for request, own, verdict in zip(requests, labels, verdicts, strict=True):
+            if isinstance(verdict, VerdictRows) and request.request_id() != REQUEST_ID:
+                self.meter.count(verdict, own)
+
+    def ask_guard(self, outputs: Arrays, found: Arrays, sizes: Sequence[int], timeout_us: int = 0) -> list[Verdict]:
         """Judge stacked requests with one call; one that holds an unusable image is refused and not handed on.
 
         Args:
             outputs: production outputs, each with N rows.
-            latents: (N, D).
+            found: in these images.
             sizes: rows of each request, N together.
             timeout_us: microseconds that the guard may use, 0 for no limit.
 
@@ -126,7 +153,7 @@ class Family:
         Raises:
             CallError: the guard failed.
         """
-        rows = split_rows(latents, sizes)
+        rows = split_rows(found[self.wiring.judged], sizes)
         errors = [find_row_errors(piece) for piece in rows]
         good = [place for place, error in enumerate(errors) if error is None]
         verdicts: list[Verdict] = [RefusedError("INVALID_ARG", error or "") for error in errors]

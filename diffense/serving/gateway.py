@@ -36,7 +36,7 @@ class GatewayService:
         backend: the server's module.
         wiring: the models behind the gateway.
         options: policy and budget.
-        meter: where images without a verdict are counted.
+        meter: where images without a verdict are counted, and verdicts that no guard's model counts.
         clock: seconds, monotonic.
     """
 
@@ -49,7 +49,7 @@ class GatewayService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend, self.wiring, self.options, self.meter, self.clock = backend, wiring, options, meter, clock
-        self.family = Family(backend, wiring)
+        self.family = Family(backend, wiring, meter)
         self.budget = Budget(options.budget_ms / 1000, clock)
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class GatewayService:
         sizes = [len(job.images) for job in jobs]
         try:
             images = np.concatenate([job.images for job in jobs])
-            outputs, latents = self.family.ask_production(images, jobs[0].request.trace())
+            outputs, found = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
         except CallError as error:
             self.backend.Logger.log_error(f"production failed: {error}")
@@ -92,17 +92,17 @@ class GatewayService:
             refused = RefusedError("INTERNAL", "the gateway failed; the server's log says why")
             return [refuse(self.backend, refused) for _ in jobs]
         parts = [{name: rows[place] for name, rows in pieces.items()} for place in range(len(jobs))]
-        verdicts = self._judge(jobs, images, outputs, latents)
+        verdicts = self._judge(jobs, images, outputs, found)
         return [self._close(job, part, verdict) for job, part, verdict in zip(jobs, parts, verdicts, strict=True)]
 
-    def _judge(
-        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
-    ) -> list[Verdict]:
+    def _judge(self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, found: Arrays | None) -> list[Verdict]:
         limits = [job.seconds for job in jobs if job.seconds is not None]
         sizes = [len(job.images) for job in jobs]
         try:
             patience = max(limits) if len(limits) == len(jobs) else None
-            return self.family.judge(self.budget, images, outputs, latents, sizes, patience)
+            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, patience)
+            self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
+            return verdicts
         except OverBudgetError as error:
             reason = error.reason
         for job in jobs:

@@ -30,7 +30,7 @@ class Wiring:
         outputs: its outputs, in order.
         logits: the one among them that holds the logits.
         loop: ``bls`` calls the denoiser at every guided step, ``fused`` one graph for all of it; with ``whole`` the graph that
-            would give the latents gives the score, with ``direct`` the verdict too, and no ensemble asks the guard.
+            would give the latents gives the score, with ``direct`` the verdict too, and there is no guard's model.
         callee: the denoiser's or the scorer's model name; empty when the guard needs neither.
         latents_model: the model that gives the latents, or the score.
         shared: whether that model gives the production outputs too.
@@ -67,9 +67,19 @@ class Wiring:
         return self.loop in ("whole", "direct")
 
     @property
+    def direct(self) -> bool:
+        """Whether the latents model gives the verdict."""
+        return self.loop == "direct"
+
+    @property
     def judged(self) -> str:
-        """Name of the tensor that goes from the latents model to the guard: the latents, or the score made of them."""
+        """What the guard judges, a tensor of the latents model: the latents, or the score made of them."""
         return names.RAW_SCORE if self.scored else names.LATENTS
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """The tensors of the latents model that make a verdict, the judged one first."""
+        return (self.judged, *((names.P_VALUE, names.FLAGGED) if self.direct else ()))
 
     def to_parameters(self) -> dict[str, str]:
         """Parameters of a config."""

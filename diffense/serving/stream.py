@@ -40,13 +40,13 @@ class StreamService:
     Args:
         backend: the server's module.
         wiring: the models behind the stream.
-        meter: where images without a verdict are counted.
+        meter: where images without a verdict are counted, and verdicts that no guard's model counts.
         clock: seconds, monotonic.
     """
 
     def __init__(self, backend: Any, wiring: Wiring, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
         self.backend, self.wiring, self.meter, self.clock = backend, wiring, meter, clock
-        self.family = Family(backend, wiring)
+        self.family = Family(backend, wiring, meter)
         self.budget = Budget(PATIENCE_S, clock)
         self._pool = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="diffense")
         self._free = threading.Semaphore(UNDER_WAY)
@@ -84,7 +84,7 @@ class StreamService:
         try:
             # A copy: the request's own memory need not outlive this call.
             images = np.concatenate([job.images for job in jobs])
-            outputs, latents = self.family.ask_production(images, jobs[0].request.trace())
+            outputs, found = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
             responses = [
                 respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()})
@@ -99,14 +99,12 @@ class StreamService:
         for job, response in zip(jobs, responses, strict=True):
             self._send(job.sender, response)
         self._free.acquire()
-        self._pool.submit(self._finish_stack, jobs, images, outputs, latents)
+        self._pool.submit(self._finish_stack, jobs, images, outputs, found)
 
-    def _finish_stack(
-        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
-    ) -> None:
+    def _finish_stack(self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, found: Arrays | None) -> None:
         left = list(jobs)
         try:
-            for job, verdict in zip(jobs, self._judge(jobs, images, outputs, latents), strict=True):
+            for job, verdict in zip(jobs, self._judge(jobs, images, outputs, found), strict=True):
                 if isinstance(verdict, RefusedError):
                     response = refuse(self.backend, verdict)
                 else:
@@ -118,9 +116,7 @@ class StreamService:
         finally:
             self._free.release()
 
-    def _judge(
-        self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, latents: NDArray[np.float32] | None
-    ) -> list[Verdict]:
+    def _judge(self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, found: Arrays | None) -> list[Verdict]:
         sizes = [len(job.images) for job in jobs]
         if all(job.request.is_cancelled() for job in jobs):
             return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
@@ -128,7 +124,9 @@ class StreamService:
         try:
             if left <= 0:
                 raise OverBudgetError("timeout")
-            return self.family.judge(self.budget, images, outputs, latents, sizes, left)
+            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
+            self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
+            return verdicts
         except OverBudgetError as error:
             self.meter.count_unscored(error.reason, sum(sizes))
             return [VerdictRows.make_unscored(size, error.reason) for size in sizes]

@@ -100,7 +100,7 @@ class FamilyBuilder:
         """Names of the model folders, those that others depend on first."""
         made = [self.model] if self.options.production else []
         made += [name for name in (self.wiring.latents_model, self.wiring.callee) if name]
-        made += [self.model + names.GUARD_SUFFIX] if self._is_guard_asked else []
+        made += [] if self.wiring.direct else [self.model + names.GUARD_SUFFIX]
         made += [self.model + names.GATEWAY_SUFFIX] if self.options.gateway else []
         made += [self.model + names.STREAM_SUFFIX] if self.options.stream else []
         return (*made, self.model + names.GUARDED_SUFFIX)
@@ -116,7 +116,7 @@ class FamilyBuilder:
             copy_graph(self.target, self._make_version(self.model))
             self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
         latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
-        scored, judged = self.wiring.scored, self.direct
+        scored, judged = self.wiring.scored, self.wiring.direct
         if not self.shared:
             save_graph(build_features(self.guard, self.raw_logits, scored=scored, judged=judged), latents)
         elif scored:
@@ -132,7 +132,7 @@ class FamilyBuilder:
             self.writer.keep_responses(config)
         self._write(config)
         callee = self._build_callee() if self.wiring.callee else None
-        if self._is_guard_asked:
+        if not self.wiring.direct:
             self._build_guard()
         if self.options.gateway:
             self._build_front(names.GATEWAY_SUFFIX, "gateway", self.options.gateway_options.to_parameters())
@@ -157,15 +157,6 @@ class FamilyBuilder:
         """What goes to the guard, latents or scores, as every model of the family states it."""
         width = 1 if self.wiring.scored else self.guard.manifest.latent_dim
         return self._pin(TensorSpec(self.wiring.judged, "float32", (None, width)))
-
-    @property
-    def direct(self) -> bool:
-        """Whether the ensemble does without the guard's model."""
-        return self.options.loop == "direct"
-
-    @property
-    def _is_guard_asked(self) -> bool:
-        return not self.direct or self.options.gateway or self.options.stream
 
     @property
     def _image(self) -> tuple[int, ...]:
@@ -242,7 +233,7 @@ class FamilyBuilder:
         self._write(config)
 
     def _make_ensemble(self) -> Any:
-        steps = self._list_direct_steps() if self.direct else self._list_steps()
+        steps = self._list_direct_steps() if self.wiring.direct else self._list_steps()
         shown = [*self.outputs, *self.verdicts]
         name = self.model + names.GUARDED_SUFFIX
         return self.writer.make_ensemble(name, [self.input], shown, steps, self._client_parameters)

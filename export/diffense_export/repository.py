@@ -92,8 +92,8 @@ def export_guard(
         model: name of the production model; the others are called after it.
         placement: ``separate`` computes the latents in a graph of their own, ``shared`` in one with the outputs.
         loop: ``bls`` calls the denoiser step by step, ``fused`` one graph that holds all steps; ``whole`` puts these into the
-            graph that makes the latents, ``direct`` the verdict too: the ensemble then does without the guard's model, and
-            nothing counts its verdicts in the server's metrics.
+            graph that makes the latents, ``direct`` the verdict too: there is no guard's model then, and the server's
+            metrics count the verdicts of gateway and stream alone.
         gateway: also write the gateway.
         gateway_options: its policy and budget.
         stream: also write the stream, which gives the production outputs before the verdict is there.

@@ -7,7 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from diffense.serving.calls import read_parameters
 from diffense.serving.gateway import GatewayService
-from diffense.serving.meter import Meter
+from diffense.serving.meter import EVERY_S, Meter
 from diffense.serving.settings import GatewayOptions, Wiring
 
 
@@ -21,12 +21,14 @@ class TritonPythonModel:
             wiring, options = Wiring.from_parameters(parameters), GatewayOptions.from_parameters(parameters)
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self.service = GatewayService(pb_utils, wiring, options, Meter(pb_utils, wiring.model))
+        self.meter = Meter(pb_utils, wiring.model, EVERY_S)
+        self.service = GatewayService(pb_utils, wiring, options, self.meter)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests."""
         return self.service.answer(requests)
 
     def finalize(self) -> None:
-        """Let go of calls that are still under way."""
+        """Let go of calls that are still under way, and stop counting."""
         self.service.close()
+        self.meter.close()

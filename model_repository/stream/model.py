@@ -6,7 +6,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from diffense.serving.calls import read_parameters
-from diffense.serving.meter import Meter
+from diffense.serving.meter import EVERY_S, Meter
 from diffense.serving.settings import Wiring
 from diffense.serving.stream import StreamService
 
@@ -20,12 +20,14 @@ class TritonPythonModel:
             wiring = Wiring.from_parameters(read_parameters(args["model_config"]))
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self.service = StreamService(pb_utils, wiring, Meter(pb_utils, wiring.model))
+        self.meter = Meter(pb_utils, wiring.model, EVERY_S)
+        self.service = StreamService(pb_utils, wiring, self.meter)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Answer a batch of requests through their senders."""
         self.service.answer(requests)
 
     def finalize(self) -> None:
-        """Wait for the verdicts that are still under way."""
+        """Wait for the verdicts that are still under way, and stop counting."""
         self.service.close()
+        self.meter.close()
