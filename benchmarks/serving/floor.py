@@ -83,7 +83,7 @@ def measure_target(name: str, rounds: int) -> None:
 
 
 def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
-    """The graphs of every placement and loop, and one that holds tapped target and scorer."""
+    """The graphs of every placement and loop."""
     graphs = {"production": target, "tapped": guard.tapped_path}
     logits = next(output for output in guard.manifest.outputs if output.name == guard.manifest.logits)
     given = TensorSpec(RAW_LOGITS, logits.dtype, logits.shape)
@@ -92,6 +92,8 @@ def write_graphs(guard: Guard, target: Path, folder: Path) -> dict[str, Path]:
         "scored features": build_features(guard, given, scored=True),
         "scorer": build_scorer(guard),
         "whole": build_whole(guard),
+        "direct": build_whole(guard, judged=True),
+        "judged features": build_features(guard, given, scored=True, judged=True),
     }
     for name, model in made.items():
         graphs[name] = folder / f"{name.replace(' ', '_')}.onnx"
@@ -138,15 +140,19 @@ def list_forms(guard: Guard, sessions: dict[str, ort.InferenceSession], inputs: 
     found = dict(zip(names, run("tapped"), strict=True))
     logits, latents = found[manifest.logits], found[LATENTS]
     production, tapped = (partial(run, name) for name in ("production", "tapped"))
-    features, scored = (
-        partial(sessions[name].run, None, {**image, RAW_LOGITS: logits}) for name in ("features", "scored features")
+    features, scored, judged = (
+        partial(sessions[name].run, None, {**image, RAW_LOGITS: logits})
+        for name in ("features", "scored features", "judged features")
     )
     forms: dict[str, Run] = {"production": production}
     for name, score in (("bls", loop), ("fused", fused)):
         forms[f"scoring {name}"] = score
         forms[f"shared {name}"] = partial(chain, tapped, score)
         forms[f"separate {name}"] = partial(chain, production, features, score)
-    return forms | {"shared whole": partial(run, "whole"), "separate whole": partial(chain, production, scored)}
+    for name, behind in (("whole", scored), ("direct", judged)):
+        forms[f"shared {name}"] = partial(run, name)
+        forms[f"separate {name}"] = partial(chain, production, behind)
+    return forms
 
 
 def add_works(works: dict[str, Work]) -> dict[str, Work]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.records import MEMORY, Row, write_row
-from benchmarks.serving.exports import IMAGES, Served, prepare_repository
+from benchmarks.serving.exports import IMAGES, LOOPS, Served, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.settings import describe_machine, find_commit
 from diffense.bench.comparison import pack_requests, read_models
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", default="demo", choices=list(NETWORKS))
     parser.add_argument("--placement", default="separate", choices=["separate", "shared"])
-    parser.add_argument("--loop", default="bls", choices=["bls", "fused", "whole"])
+    parser.add_argument("--loop", default="bls", choices=list(LOOPS))
     parser.add_argument("--requests", type=int, default=200_000)
     options = parser.parse_args(arguments)
     try:
