@@ -36,9 +36,9 @@ def leave_places():
     return model
 
 
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory, odd_images):
-    """One server for the odd targets, and each target's guard."""
+@pytest.fixture(scope="module", params=["bls", "direct"])
+def odd(request, tmp_path_factory, odd_images):
+    """One server for the odd targets, and each target's guard; once with every model of a family, once with the fewest."""
     models = {
         "fixed": onnx_models.add_outputs(onnx_models.plain_cnn(batch=FIXED), FIXED),
         ODD_NAME: onnx_models.add_outputs(onnx_models.plain_cnn(), "N"),
@@ -53,7 +53,7 @@ def odd(tmp_path_factory, odd_images):
         folder = tmp_path_factory.mktemp("target")
         target, guards[name] = fit(model, folder, odd_images)
         placement = "shared" if name == ODD_NAME else "separate"
-        export_guard(guards[name], target, repository, name, placement=placement, loop="bls", threads=1)
+        export_guard(guards[name], target, repository, name, placement=placement, loop=request.param, threads=1)
     with TritonServer(repository) as server:
         yield server, guards
 
