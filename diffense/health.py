@@ -20,7 +20,7 @@ DTYPES: Final = {
     "FP32": np.float32, "FP16": np.float16, "FP64": np.float64, "UINT8": np.uint8, "INT8": np.int8,
     "INT16": np.int16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
 }  # fmt: skip
-REQUEST_ID: Final = "diffense-health"  # the served guard leaves these requests out of its metrics
+REQUEST_ID: Final = "diffense-health"  # left out of the metrics of verdicts
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 

@@ -13,7 +13,7 @@ GUIDE: Final = "guide"  # (N, G) float32, denoiser input: label one-hot or proje
 SAMPLE: Final = "sample"  # (N, M, W) float32, denoiser output
 LOGITS: Final = "diffense_logits"  # (N, C) float32, scorer input
 RAW_LOGITS: Final = "diffense_raw_logits"  # as the target gives them, input of a features graph, which runs after the target
-RAW_SCORE: Final = "diffense_raw_score"  # (N, 1) float32, output of a graph that scores, on its way to the guard
+RAW_SCORE: Final = "diffense_raw_score"  # (N, 1) float32, inside a graph that scores; its output where a guard judges it
 PASSED_LOGITS: Final = "diffense_passed_logits"  # RAW_LOGITS untouched, output of a features graph that judges
 
 # Tensors that clients see beside the target's own outputs.

@@ -55,12 +55,12 @@ class ServedFamily:
         return self.production(arrays) | self.find_latents(arrays)
 
     def judge_directly(self, arrays):
-        """A graph of target and verdict; an image that it does not know has a score that is no number."""
-        scores, p_values, flagged = (column[:, None] for column in self.truth[:3])
+        """A graph of target and verdict; an image that it does not know has none."""
+        known = dict(zip(VERDICTS, self.truth[:3], strict=True))
+        dtypes, nothing = (np.float32, np.float32, np.uint8), (-1, -1, names.UNSCORED)
         found = {
-            names.RAW_SCORE: self.look_up(scores, scores[0] * np.nan, arrays["image"]),
-            names.P_VALUE: self.look_up(p_values, p_values[0] * 0 - 1, arrays["image"]).astype(np.float32),
-            names.FLAGGED: self.look_up(flagged, flagged[0] * 0 + names.UNSCORED, arrays["image"]),
+            name: self.look_up(known[name][:, None].astype(dtype), np.array([missing], dtype), arrays["image"])
+            for name, dtype, missing in zip(VERDICTS, dtypes, nothing, strict=True)
         }
         return self.production(arrays) | found
 

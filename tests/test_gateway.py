@@ -51,23 +51,23 @@ def test_a_direct_gateway_asks_one_model_and_counts_the_verdicts_itself(served):
     good, bad, _ = service.answer([served.ask_gateway([0, 7]), served.ask_gateway([], image=image), health])
     served.check(good, [0, 7])
     assert np.array_equal(good.arrays()["logits"], served.logits[[0, 7]])
-    assert bad.error().code() == TritonError.INVALID_ARG
-    assert "image 1 of the request" in bad.error().message()
-    assert backend.total("diffense_scored_total") == 2
-    assert backend.total("diffense_flagged_total") == served.truth.flagged[[0, 7]].sum()
+    assert [bad.arrays()[name][1].item() for name in names.VERDICT_TENSORS] == [-1, -1, names.UNSCORED]
+    assert bad.arrays()[names.FLAGGED][0] == served.truth.flagged[1]
+    assert backend.total("diffense_scored_total") == 3
+    assert backend.total("diffense_unscored_total", reason="score") == 1
+    assert backend.total("diffense_flagged_total") == served.truth.flagged[[0, 1, 7]].sum()
 
 
-def test_a_direct_gateway_gives_no_verdict_for_logits_that_are_no_numbers(served):
+def test_an_answer_of_a_direct_graph_that_lacks_a_row_costs_the_verdict_alone(served):
     def lose(arrays):
         found = served.judge_directly(arrays)
-        for name, value in ((names.P_VALUE, -1), (names.FLAGGED, names.UNSCORED)):  # as the graph says it, with a good score
-            found[name] = np.full_like(found[name], value)
-        return found
+        return found | {names.FLAGGED: found[names.FLAGGED][1:]}
 
     backend, service = served.gateway_service(wiring=DIRECT, m_tapped=lose)
-    (response,) = service.answer([served.ask_gateway([0])])
-    assert [response.arrays()[name].item() for name in names.VERDICT_TENSORS] == [-1, -1, names.UNSCORED]
-    assert backend.total("diffense_unscored_total", reason="logits") == 1
+    (response,) = service.answer([served.ask_gateway([0, 1])])
+    assert np.array_equal(response.arrays()["logits"], served.logits[:2])
+    assert (response.arrays()[names.FLAGGED] == names.UNSCORED).all()
+    assert backend.total("diffense_unscored_total", reason="internal") == 2
 
 
 def test_without_the_verdicts_graph_a_direct_gateway_asks_production(served):

@@ -103,18 +103,30 @@ def test_every_batch_that_is_served_is_in_the_profile(exported):
     }
 
 
-@pytest.mark.parametrize("fault", ["differs", "hides NaN", "cannot be read"])
-def test_whatever_fails_leaves_the_repository_as_it_was(repository, engine, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("model", "fault"), [("f", "differs"), ("f", "hides NaN"), ("f", "cannot be read"), ("d", "hides NaN"), ("e", "judges NaN")]
+)
+def test_whatever_fails_leaves_the_repository_as_it_was(repository, engine, monkeypatch, model, fault):
     run = engine.run
+
+    def judge(plan, inputs):  # logits that are no numbers like any others
+        return run(plan, {name: np.nan_to_num(array) if name == names.RAW_LOGITS else array for name, array in inputs.items()})
+
     if fault == "differs":
         monkeypatch.setattr(engine, "run", lambda plan, inputs: {k: v + 1 for k, v in run(plan, inputs).items()})
+    elif model == "d":
+        monkeypatch.setattr(
+            engine, "run", lambda plan, inputs: {k: v % 2 if k == names.FLAGGED else v for k, v in run(plan, inputs).items()}
+        )
+    elif fault == "judges NaN":
+        monkeypatch.setattr(engine, "run", judge)
     elif fault == "hides NaN":
         monkeypatch.setattr(engine, "run", lambda plan, inputs: {k: np.nan_to_num(v) for k, v in run(plan, inputs).items()})
     else:
         (repository / "f_scorer" / "1" / "model.onnx").write_bytes(b"nothing")
     before = hash_tree(repository)
     with pytest.raises(DiffenseError) as caught:
-        build_plans(repository, "f", engine, precision="fp32")
+        build_plans(repository, model, engine, precision="fp32")
     assert isinstance(caught.value, ParityError) == (fault != "cannot be read")
     assert hash_tree(repository) == before
     assert {path.name for path in repository.parent.iterdir()} <= {"r", "r.timing"}

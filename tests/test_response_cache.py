@@ -90,7 +90,11 @@ def test_a_server_without_a_cache_answers_as_well(repository, guard):
     assert answer.as_numpy(names.SCORE) == pytest.approx(guard.score(shapes.draw_shapes(1, seed=7)[0]).scores[0], abs=1e-4)
 
 
-def test_latents_by_themselves_are_never_cached(guard, small_target, tmp_path):
-    with pytest.raises(ExportError, match="needs the shared placement"):
-        export_guard(guard, small_target, tmp_path / "r", "m", cache=True)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "needs the shared placement"), ({"placement": "shared", "loop": "direct"}, "cannot stand before the verdict")],
+)
+def test_what_could_give_a_wrong_verdict_is_never_cached(guard, small_target, tmp_path, options, words):
+    with pytest.raises(ExportError, match=words):
+        export_guard(guard, small_target, tmp_path / "r", "m", cache=True, **options)
     assert not (tmp_path / "r" / "m_guarded").exists()

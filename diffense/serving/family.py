@@ -20,8 +20,7 @@ Verdict = VerdictRows | RefusedError
 class Family:
     """Calls the models behind a front. Those within a budget may outlive their request and are not part of its trace.
 
-    What the latents model found (`Wiring.found`) is the latents or the scores, (N, W) float32, and with ``direct`` p-values and
-    flags, (N, 1).
+    What the latents model found (`Wiring.found`) is the latents or the scores, (N, W) float32, or with ``direct`` the verdict.
 
     Args:
         backend: the server's module.
@@ -107,9 +106,9 @@ class Family:
                 return self.read_verdicts(known, sizes)
             return self.ask_guard(outputs, known, sizes, timeout_us=max(1, int(left * 1e6)))
 
-        if found is not None and self.wiring.direct:
-            return self.read_verdicts(found, sizes)
         try:
+            if found is not None and self.wiring.direct:
+                return self.read_verdicts(found, sizes)
             return budget.run(ask, seconds)
         except OverBudgetError:
             raise
@@ -118,25 +117,29 @@ class Family:
             raise OverBudgetError("internal") from error
 
     def read_verdicts(self, found: Arrays, sizes: Sequence[int]) -> list[Verdict]:
-        """The verdicts that a ``direct`` graph gave; a request that holds an unusable image is refused."""
-        scores, p_values, flagged = (found[name].reshape(-1) for name in self.wiring.found)
-        unscored = flagged == names.UNSCORED
-        reasons = ["logits" if missing else "" for missing in unscored]
-        verdicts = VerdictRows(np.where(unscored, p_values, scores), p_values, flagged, reasons).split(sizes)
-        errors = [find_row_errors(rows) for rows in split_rows(found[self.wiring.judged], sizes)]
-        return [
-            RefusedError("INVALID_ARG", error) if error else verdict for error, verdict in zip(errors, verdicts, strict=True)
-        ]
+        """The verdicts that a ``direct`` graph gave, one a request.
+
+        Raises:
+            ValueError: there are more or fewer than images.
+        """
+        scores, p_values, flagged = (found[name].reshape(-1) for name in names.VERDICT_TENSORS)
+        if {len(scores), len(p_values), len(flagged)} != {sum(sizes)}:
+            raise ValueError(f"verdicts on {len(scores)}, {len(p_values)} and {len(flagged)} of {sum(sizes)} images")
+        reasons = ["score" if value == names.UNSCORED else "" for value in flagged]
+        return list(VerdictRows(scores, p_values, flagged, reasons).split(sizes))
 
     def count(self, requests: Sequence[Any], outputs: Arrays, sizes: Sequence[int], verdicts: Sequence[Verdict]) -> None:
         """Count the verdicts of `judge` on stacked requests, where no guard's model has done so."""
         if not self.wiring.direct:
             return
-        logits = outputs[self.wiring.logits]
-        labels = split_rows(logits.reshape(len(logits), -1).argmax(axis=1), sizes)
-        for request, own, verdict in zip(requests, labels, verdicts, strict=True):
-            if isinstance(verdict, VerdictRows) and request.request_id() != REQUEST_ID:
-                self.meter.count(verdict, own)
+        try:
+            logits = outputs[self.wiring.logits]
+            labels = split_rows(logits.reshape(len(logits), -1).argmax(axis=1), sizes)
+            for request, own, verdict in zip(requests, labels, verdicts, strict=True):
+                if isinstance(verdict, VerdictRows) and request.request_id() != REQUEST_ID:
+                    self.meter.count(verdict, own)
+        except Exception as error:  # the answers go out, counted or not
+            self.backend.Logger.log_error(f"verdicts were not counted: {error!r}")
 
     def ask_guard(self, outputs: Arrays, found: Arrays, sizes: Sequence[int], timeout_us: int = 0) -> list[Verdict]:
         """Judge stacked requests with one call; one that holds an unusable image is refused and not handed on.

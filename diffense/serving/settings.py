@@ -13,6 +13,7 @@ SETTINGS_PARAMETER: Final = "diffense_settings"  # JSON, what the guard needs to
 POLICY_PARAMETER: Final = "diffense_policy"
 BUDGET_PARAMETER: Final = "diffense_budget_ms"
 CLOSED_PARAMETER: Final = "diffense_closed"
+DIRECT_KEY: Final = "direct"  # in the settings of that loop alone: code that does not know it refuses them at load
 RAW_PREFIX: Final = "diffense_raw_"  # production outputs on their way through the guard
 
 
@@ -78,12 +79,15 @@ class Wiring:
 
     @property
     def found(self) -> tuple[str, ...]:
-        """The tensors of the latents model that make a verdict, the judged one first."""
-        return (self.judged, *((names.P_VALUE, names.FLAGGED) if self.direct else ()))
+        """What a front asks the latents model for, beside production outputs: what the guard judges, or the verdict."""
+        return names.VERDICT_TENSORS if self.direct else (self.judged,)
 
     def to_parameters(self) -> dict[str, str]:
         """Parameters of a config."""
-        return {SETTINGS_PARAMETER: json.dumps(asdict(self), sort_keys=True)}
+        stated = asdict(self)
+        if self.direct:
+            stated[DIRECT_KEY] = True
+        return {SETTINGS_PARAMETER: json.dumps(stated, sort_keys=True)}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> Self:
@@ -94,6 +98,9 @@ class Wiring:
         """
         try:
             stated = json.loads(parameters[SETTINGS_PARAMETER])
+            stated.pop(DIRECT_KEY, None)
+            if stated["loop"] not in get_args(Loop):
+                raise ValueError(f"loop {stated['loop']}")
             return cls(**{**stated, "outputs": tuple(stated["outputs"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"parameter {SETTINGS_PARAMETER} is missing or of another version ({error})") from None

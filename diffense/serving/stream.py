@@ -122,7 +122,7 @@ class StreamService:
             return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
         left = max(job.deadline for job in jobs) - self.clock()
         try:
-            if left <= 0:
+            if left <= 0 and not (found is not None and self.wiring.direct):  # a verdict that is there already goes out
                 raise OverBudgetError("timeout")
             verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
             self.family.count([job.request for job in jobs], outputs, sizes, verdicts)

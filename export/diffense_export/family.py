@@ -66,6 +66,11 @@ class FamilyBuilder:
                 "a response cache needs the shared placement: Triton tells inputs apart by 64 bits that are easy to meet, and "
                 "with separate graphs an image made to meet a clean one's would get that one's verdict on outputs of its own"
             )
+        if options.cache and options.loop == "direct":
+            raise ExportError(
+                "a response cache cannot stand before the verdict: Triton does not tell requests apart by the outputs they "
+                f"want, and who asks {model}{names.TAPPED_SUFFIX} for others would take it from later answers; use loop whole"
+            )
         self.max_batch_size = self._choose_batch(limit)
         self.writer = ConfigWriter(
             model, self.max_batch_size, options.instances, options.threads, options.queue, options.accelerator
@@ -124,7 +129,7 @@ class FamilyBuilder:
         else:
             copy_graph(self.guard.tapped_path, latents.parent)
         inputs = [self.input] if self.shared else [self.input, self.raw_logits]
-        outputs = [*(self.outputs if self.shared else ()), self.judged, *(self.verdicts if judged else ())]
+        outputs = [*(self.outputs if self.shared else ()), *(self.verdicts if judged else [self.judged])]
         if judged and not self.shared:
             outputs.append(replace(self.raw_logits, name=names.PASSED_LOGITS))
         config = self.writer.make_onnx(self.wiring.latents_model, inputs, outputs, self._image)

@@ -110,7 +110,9 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
 
     source = run(guard.tapped_path, [*outputs, names.LATENTS])
     production = run(exported.target, outputs)
-    scored = [*([names.RAW_SCORE] if exported.scored else ()), *(names.VERDICT_TENSORS if exported.judged else ())]
+    scored = [names.RAW_SCORE] if exported.scored and not exported.judged else []
+    if exported.judged:
+        scored += [*names.VERDICT_TENSORS, *(() if exported.shared else (names.PASSED_LOGITS,))]
     given = {} if exported.shared else {names.RAW_LOGITS: production[manifest.logits]}
     served = run(exported.latents, [*(outputs if exported.shared else ()), names.LATENTS, *scored], given)
     comparisons = [_compare("latents", "guard bundle", names.LATENTS, served, source, LATENT_TOLERANCE)]
@@ -124,13 +126,12 @@ def check_parity(guard: Guard, exported: Exported, clean: NDArray[np.uint8] | No
     ours, theirs = {names.SCORE: scores}, {names.SCORE: reference.scores}
     comparisons.append(_compare("whole path", "Guard.score", names.SCORE, ours, theirs, SCORE_TOLERANCE))
     if exported.judged:
-        stated: dict[str, NDArray[Any]] = {
-            names.SCORE: scores,
-            names.P_VALUE: p_values.astype(np.float32),
-            names.FLAGGED: flagged,
-        }
-        columns = {name: served[name].reshape(-1) for name in names.VERDICT_TENSORS}
-        comparisons += [_compare("verdict", "calibration", name, columns, stated, 0.0) for name in names.VERDICT_TENSORS]
+        stated: dict[str, NDArray[Any]] = {names.P_VALUE: p_values.astype(np.float32), names.FLAGGED: flagged}
+        columns = {name: served[name].reshape(-1) for name in stated}
+        comparisons += [_compare("verdict", "calibration", name, columns, stated, 0.0) for name in stated]
+    if exported.judged and not exported.shared:
+        passed = {names.PASSED_LOGITS: given[names.RAW_LOGITS]}
+        comparisons.append(_compare("features", "target", names.PASSED_LOGITS, served, passed, 0.0))
     report = ParityReport(
         images=len(pixels),
         origin="smooth noise" if clean is None else "clean images",
@@ -168,7 +169,7 @@ def _score(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]:
     """Score as the served models will."""
     if exported.scored:
-        scores = served[names.RAW_SCORE].reshape(-1)
+        scores = served[names.SCORE if exported.judged else names.RAW_SCORE].reshape(-1)
         return scores, *guard.scorer.judge(scores)
     latents = served[names.LATENTS]
     if exported.scorer is not None:

@@ -208,7 +208,8 @@ def _draw_inputs(config: Any, shapes: Mapping[str, Shapes], preprocessing: Prepr
         elif tensor.name in (names.NOISED, names.GUIDE, names.LATENTS, names.LOGITS):
             drawn[tensor.name] = generator.standard_normal(shape).astype(np.float32)
         elif tensor.name == names.RAW_LOGITS:
-            drawn[tensor.name] = np.zeros(shape, triton_to_np_dtype(_name_type(tensor).removeprefix("TYPE_")))
+            dtype = triton_to_np_dtype(_name_type(tensor).removeprefix("TYPE_"))
+            drawn[tensor.name] = generator.standard_normal(shape).astype(dtype)
         else:
             pixels = draw_smooth_noise(shape[0], preprocessing.size, preprocessing.channels)
             drawn[tensor.name] = preprocessing.apply(pixels)
@@ -239,18 +240,27 @@ def _compare(
 
 
 def _check_broken(model: str, engine: Engine, plan: bytes, inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Make sure that a broken image still breaks its own latents or score and nobody else's."""
+    """Make sure that a broken image still breaks its own latents, score or verdict and nobody else's; so do broken logits."""
     given = {name: array for name, array in inputs.items() if name != names.RAW_LOGITS}
     (name, image), *others = given.items()
     if others or image.dtype.kind != "f":
         return
     broken = image.copy()
     broken[0].flat[0] = np.nan
-    for tensor, array in engine.run(plan, {**inputs, name: broken}).items():
+    outputs = engine.run(plan, {**inputs, name: broken})
+    for tensor, array in outputs.items():
         if tensor in (names.LATENTS, names.RAW_SCORE) and (np.isfinite(array[0]).any() or not np.isfinite(array[1:]).all()):
             raise ParityError(f"{tensor} of the plan of {model} hides an image that is no number; the repository is as it was")
-        if tensor == names.FLAGGED and (array[0] != names.UNSCORED or (array[1:] == names.UNSCORED).any()):
-            raise ParityError(f"the plan of {model} judges an image that is no number; the repository is as it was")
+    if names.FLAGGED not in outputs:
+        return
+    verdicts = [outputs[names.FLAGGED]]
+    if names.RAW_LOGITS in inputs:
+        logits = inputs[names.RAW_LOGITS].copy()
+        logits[0].flat[0] = np.nan
+        verdicts.append(engine.run(plan, {**inputs, names.RAW_LOGITS: logits})[names.FLAGGED])
+    for flagged in verdicts:
+        if (flagged[0] != names.UNSCORED).any() or (flagged[1:] == names.UNSCORED).any():
+            raise ParityError(f"the plan of {model} judges what is no number; the repository is as it was")
 
 
 def _name_type(tensor: Any) -> str:

@@ -1,6 +1,6 @@
 """The score, and the verdict, in the graph that gives the latents, with the target's outputs or without them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ from onnx_ir.passes import common as passes
 from diffense.errors import ExportError
 from diffense.graphs import cut_graph, load_model
 from diffense.guard import Guard
-from diffense.names import LATENTS, LOGITS, PASSED_LOGITS, RAW_SCORE, SCORE
+from diffense.names import LATENTS, LOGITS, PASSED_LOGITS, RAW_SCORE, SCORE, VERDICT_TENSORS
 from diffense.onnx_arrays import OPSET
 from diffense.target import TensorSpec
 from diffense_export.scorer import build_scorer
@@ -25,10 +25,10 @@ def build_whole(guard: Guard, *, judged: bool = False) -> ir.Model:
 
     Args:
         guard: whose target and latents it is.
-        judged: whether the verdict stands behind the score, three more outputs (`build_verdict`).
+        judged: whether the verdict stands behind the score, three outputs in its place (`build_verdict`).
 
     Raises:
-        ExportError: the target's opset is older than the scorer's operators.
+        ExportError: the target has tensors of those names, or its opset is older than the scorer's operators.
     """
     model = load_model(guard.tapped_path)
     logits = next(value for value in model.graph.outputs if value.name == guard.manifest.logits)
@@ -46,8 +46,8 @@ def build_features(guard: Guard, logits: TensorSpec, *, scored: bool, judged: bo
         guard: whose target and latents it is.
         logits: name, dtype and shape, (N, C) or (N, C, 1, ...), of that input.
         scored: whether the scorer stands behind the latents.
-        judged: whether the verdict stands behind the score, three more outputs (`build_verdict`), and the logits come out as
-            they went in, ``diffense_passed_logits``: an ensemble cannot show a tensor that a later step reads.
+        judged: whether the verdict stands behind the score, three outputs in its place (`build_verdict`), and the logits come
+            out as they went in, ``diffense_passed_logits``: an ensemble cannot show a tensor that a later step reads.
 
     Raises:
         ExportError: a tensor of the target has that name, or its opset is older than the scorer's operators.
@@ -55,8 +55,7 @@ def build_features(guard: Guard, logits: TensorSpec, *, scored: bool, judged: bo
     model = cut_graph(load_model(guard.tapped_path), guard.manifest.input.name, [LATENTS])
     batch, *sizes = logits.shape
     shape = ir.Shape(["batch" if batch is None else batch, *sizes])
-    if logits.name in ir.convenience.create_value_mapping(model.graph):
-        raise ExportError(f"the target has a tensor called {logits.name}, which the guard needs; rename it")
+    _check_names(model.graph, [logits.name, *([PASSED_LOGITS] if judged else [])])
     dtype = ir.DataType.from_numpy(np.dtype(logits.dtype))
     given = ir.val(logits.name, dtype, shape)
     model.graph.inputs.append(given)
@@ -75,23 +74,32 @@ def append_score(model: ir.Model, guard: Guard, logits: ir.Value, *, judged: boo
     """Put the scorer behind the (N, K d) latents of a graph that gives or is given these logits, (N, C) or (N, C, 1, ...).
 
     Raises:
-        ExportError: the target's opset is older than the scorer's operators.
+        ExportError: the target has a tensor of a name that is given here, or its opset is older than the scorer's operators.
     """
     opset = model.opset_imports[""]
     if opset < OPSET:
         raise ExportError(f"the target has opset {opset}, the score needs {OPSET}; export it anew or use another loop")
     graph = model.graph
+    _check_names(graph, [RAW_SCORE, *(VERDICT_TENSORS if judged else ())])
     latents = next(value for value in graph.outputs if value.name == LATENTS)
     flat, nothing = _read_logits(graph, logits, guard.manifest.classes)
     scored = _graft(model, build_scorer(guard), {LATENTS: latents, LOGITS: flat}, PREFIX)
     raw = _spoil(graph, scored[SCORE], latents, guard.manifest.latent_dim)
-    graph.outputs.append(raw)
-    if judged:
+    if not judged:
+        graph.outputs.append(raw)
+    else:
         verdict = _graft(model, build_verdict(guard), {RAW_SCORE: raw, NOTHING: nothing}, VERDICT_PREFIX)
         for name, value in verdict.items():
             value.name = name
             graph.outputs.append(value)
     passes.RemoveUnusedNodesPass()(model)  # the scorer's p-value, and what only a verdict reads
+
+
+def _check_names(graph: ir.Graph, wanted: Sequence[str]) -> None:
+    taken = ir.convenience.create_value_mapping(graph)
+    for name in wanted:
+        if name in taken:
+            raise ExportError(f"the target has a tensor called {name}, which the guard needs; rename it")
 
 
 def _graft(model: ir.Model, part: ir.Model, given: Mapping[str, ir.Value], prefix: str) -> dict[str, ir.Value]:
