@@ -1,4 +1,4 @@
-"""The metrics that the served guard adds to the server's own; the dashboard and the alert rules query these names."""
+"""The metrics that guard, gateway and stream add to the server's own; the dashboard and the alert rules query these names."""
 
 from dataclasses import dataclass
 from typing import Final, Literal

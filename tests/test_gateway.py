@@ -1,8 +1,9 @@
 """What the gateway answers, and the parts it is made of."""
 
+import json
 import math
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ def test_wiring_survives_the_config_and_refuses_strangers():
         Wiring.from_parameters({})
     with pytest.raises(ValueError, match="another version"):
         Wiring.from_parameters({"diffense_settings": '{"model": "m", "colour": "red"}'})
+    stated = json.loads(WIRING.to_parameters()["diffense_settings"])
+    with pytest.raises(ValueError, match="another version"):
+        Wiring.from_parameters({"diffense_settings": json.dumps(stated | {"loop": "of tomorrow"})})
+
+
+def test_direct_settings_are_refused_by_code_that_knows_no_such_loop():
+    assert Wiring.from_parameters(DIRECT.to_parameters()) == DIRECT
+    known = {field.name for field in fields(Wiring)}  # which older code would have taken
+    assert set(json.loads(DIRECT.to_parameters()["diffense_settings"])) > known
+    assert set(json.loads(WIRING.to_parameters()["diffense_settings"])) == known
 
 
 def test_a_call_reports_the_code_of_the_model_that_failed():
