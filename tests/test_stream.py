@@ -16,16 +16,19 @@ from triton_calls import DEADLINE_S, MAX_BATCH, ask, read_total, send_stream
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-FAMILIES = {"separate": "bls", "shared": "fused"}
+FAMILIES = {
+    "separate": ("separate", "bls"), "shared": ("shared", "fused"),
+    "direct_separate": ("separate", "direct"), "direct_shared": ("shared", "direct"),
+}  # fmt: skip
 QUEUE = 4
 
 
 @pytest.fixture(scope="module")
 def server(guard, small_target, clean_images, tmp_path_factory, triton_for):
     repository = tmp_path_factory.mktemp("streams") / "repository"
-    for placement, loop in FAMILIES.items():
+    for family, (placement, loop) in FAMILIES.items():
         export_guard(
-            guard, small_target, repository, placement, placement=placement, loop=loop, gateway=False, stream=True,
+            guard, small_target, repository, family, placement=placement, loop=loop, gateway=False, stream=True,
             max_batch_size=MAX_BATCH, threads=1, queue=1000, clean=clean_images[:64],
         )  # fmt: skip
     export_guard(
@@ -51,7 +54,7 @@ async def test_the_parts_are_what_production_and_the_guarded_model_say(server, k
     assert (first, second) == ("mine", "mine")
     assert list(prediction) == ["logits"]
     # The shared graph is another graph than the untouched one; what the guarded model says comes from it too.
-    source = production if family == "separate" else guarded
+    source = production if FAMILIES[family][0] == "separate" else guarded
     assert np.array_equal(prediction["logits"], source.as_numpy("logits"))
     assert np.abs(prediction["logits"] - production.as_numpy("logits")).max() <= 1e-5
     assert tuple(verdict) == names.VERDICT_TENSORS
@@ -79,7 +82,7 @@ async def test_300_requests_on_one_stream_get_their_own_two_parts_in_order(serve
         assert np.array_equal(verdict[names.FLAGGED], whole.as_numpy(names.FLAGGED)[rows])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["separate", "shared"])
 async def test_bad_input_beside_good_input_costs_the_good_one_nothing(server, known, family):
     _, image = known
     spoilt = image[:3].copy()
