@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,10 @@ import onnx_models
 from diffense import names
 from diffense.errors import ParityError
 from diffense.graphs import cut_graph, load_model, save_graph
+from diffense.guard import Guard
+from diffense.target import TensorSpec
 from diffense_export.parity import Exported, check_parity, correlate_ranks, draw_smooth_noise
+from diffense_export.whole import build_features, build_whole
 
 
 def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_target, clean_images, tmp_path):
@@ -27,6 +32,26 @@ def test_a_graph_that_differs_from_its_source_is_not_installed(guard, small_targ
                 Exported(small_target, path, shared, guard.denoiser_path, None, scored=False, judged=False),
                 clean_images[:32],
             )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_verdict_of_another_alpha_or_other_logits_are_not_installed(guard, small_target, clean_images, tmp_path, shared):
+    other = Guard(guard.directory, guard.manifest, replace(guard.scorer, alpha=0.9))
+    given = TensorSpec(names.RAW_LOGITS, "float32", (None, guard.manifest.classes))
+    graphs = {"right": guard, "wrong": other}
+    for name, source in graphs.items():
+        graph = build_whole(source, judged=True) if shared else build_features(source, given, scored=True, judged=True)
+        save_graph(graph, tmp_path / f"{name}.onnx")
+    served = Exported(small_target, tmp_path / "right.onnx", shared, None, None, scored=True, judged=True)
+    assert check_parity(guard, served, clean_images[:64]).neutrality.verdict_flips == 0
+    with pytest.raises(ParityError, match=f"{names.FLAGGED} of the exported graph .verdict. differs from calibration"):
+        check_parity(guard, replace(served, latents=tmp_path / "wrong.onnx"), clean_images[:64])
+    if not shared:
+        model = onnx.load(tmp_path / "right.onnx")
+        (passed,) = (node for node in model.graph.node if names.PASSED_LOGITS in node.output)
+        passed.op_type = "Neg"
+        with pytest.raises(ParityError, match=f"{names.PASSED_LOGITS} of the exported graph"):
+            check_parity(guard, replace(served, latents=onnx_models.save(model, tmp_path / "lost.onnx")), clean_images[:64])
 
 
 def test_the_cut_graph_computes_the_latents_and_nothing_else(guard, tmp_path):

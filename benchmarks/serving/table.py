@@ -57,6 +57,11 @@ def render_row(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def list_commits(rows: list[Row]) -> str:
+    """The machines and commits that rows are of."""
+    return "; ".join(sorted({f"{row['machine']}, commit {row['commit']}" for row in rows}))
+
+
 def render_page(rows: list[Row]) -> str:
     """The whole page."""
     made = "; ".join(sorted({f"{row['machine']}, {row['tool']}, commit {row['commit']}" for row in rows}))
@@ -76,6 +81,8 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
         "scoring of `whole` and `direct` is inside another graph: a guard has nothing to be compared with, or there is none.",
         "",
+        f"{list_commits(read_rows(FLOOR))}.",
+        "",
         *floor.render_table(read_rows(FLOOR), keep_tool(rows)),
         "",
         "## Where the time goes",
@@ -83,6 +90,8 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.timeline`: mean milliseconds of a request in the server, by tracing. Each",
         "moment has one owner, the innermost model at work. Production is the tapped graph with `shared`, and the scoring is",
         "inside it with `whole` and `direct`. [As bars](serving_time.png).",
+        "",
+        f"{list_commits(read_rows(TIMELINE))}.",
         "",
         *timeline.render_table(read_rows(TIMELINE)),
         "",

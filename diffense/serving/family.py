@@ -47,9 +47,8 @@ class Family:
                 wanted = [*outputs, *self.wiring.found]
                 inputs = {self.wiring.input: images}
                 arrays = call_model(self.backend, self.wiring.latents_model, inputs, wanted, trace=trace)
-                return dict(zip(outputs, arrays, strict=False)), dict(
-                    zip(self.wiring.found, arrays[len(outputs) :], strict=True)
-                )
+                given = dict(zip(wanted, arrays, strict=True))
+                return {name: given[name] for name in outputs}, {name: given[name] for name in self.wiring.found}
             except CallError as error:
                 if error.code == "INVALID_ARG":
                     raise  # nor would the other model take this input
@@ -129,7 +128,14 @@ class Family:
         return list(VerdictRows(scores, p_values, flagged, reasons).split(sizes))
 
     def count(self, requests: Sequence[Any], outputs: Arrays, sizes: Sequence[int], verdicts: Sequence[Verdict]) -> None:
-        """Count the verdicts of `judge` on stacked requests, where no guard's model has done so."""
+        """Count the verdicts of `judge` on stacked requests, where no guard's model has done so.
+
+        Args:
+            requests: of the clients, in order.
+            outputs: production outputs of all their images, each with N rows.
+            sizes: rows of each request, N together.
+            verdicts: one a request.
+        """
         if not self.wiring.direct:
             return
         try:
