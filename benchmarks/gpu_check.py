@@ -3,9 +3,10 @@
 usage: python -m benchmarks.gpu_check [--targets resnet18_32,resnet50_224] [--seconds 5]
 
 Runs the tests marked ``gpu``; then compares and times, in one process, the guarded path beside the production graph alone:
-tapped and scorer graph one after the other (``fused``) and one graph of both (``whole``), with onnxruntime's CUDA provider
-(launched kernel by kernel, or captured once and replayed as a CUDA graph) and with TensorRT plans, as far as they are
-installed. Times hold the copies from and to the CPU's memory. No server takes part: `diffense bench` measures one that runs.
+tapped and scorer graph one after the other (``fused``), one graph of both (``whole``) and that with the verdict behind it
+(``direct``), with onnxruntime's CUDA provider (launched kernel by kernel, or captured once and replayed as a CUDA graph) and
+with TensorRT plans, as far as they are installed. Times hold the copies from and to the CPU's memory. No server takes part:
+`diffense bench` measures one that runs.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from diffense_export.engine import Device, find_device, open_engine
 JSON: Final = RESULTS / "gpu.json"
 PAGE: Final = RESULTS / "gpu.md"
 PRECISIONS: Final = ("fp32", "fp16")
-LOOPS: Final = ("fused", ASIDE, "whole")
+LOOPS: Final = ("fused", ASIDE, "whole", "direct")
 NEEDED: Final = (
     "gpu-check needs a machine with an NVIDIA GPU and its driver (nvidia-smi shows none here); with onnxruntime-gpu it "
     "measures the CUDA provider, with tensorrt and polygraphy plans"
@@ -128,7 +129,8 @@ def render_page(report: Mapping[str, Any]) -> str:
         f"{report['commit']}. Tests marked `gpu`: {report['tests']}.",
         "",
         "One process, no server; unguarded is the production graph; guarded is tapped and scorer graph one after the other "
-        "(`fused`), the scorer on one core of the CPU if told so, or one graph of both (`whole`).",
+        "(`fused`), the scorer on one core of the CPU if told so, one graph of both (`whole`), or that with the verdict "
+        "(`direct`).",
         *(f"\nDid not run: {reason}" for reason in report["failed"]),
         "",
         "| target | with | loop | batch | p50 ms | guarded | p99 ms | guarded | images/s | guarded | p50 ratio "

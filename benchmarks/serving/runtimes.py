@@ -26,12 +26,12 @@ Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
 
 class Graphs:
-    """The graphs of one guarded target as files: ``production``, ``tapped``, ``scorer`` and ``whole``."""
+    """The graphs of one guarded target as files: ``production``, ``tapped``, ``scorer``, ``whole`` and ``direct``."""
 
     def __init__(self, target: Path, guard: Guard, folder: Path) -> None:
         self.guard, self.folder = guard, folder
         written = write_graphs(guard, target, folder)
-        self.files = {name: written[name] for name in ("production", "tapped", "scorer", "whole")}
+        self.files = {name: written[name] for name in ("production", "tapped", "scorer", "whole", "direct")}
 
     def find(self, name: str, precision: str) -> Path:
         """A graph's file, in half precision where ``fp16`` is wanted."""
@@ -59,9 +59,9 @@ class Graphs:
 
         `ASIDE` asks the run of that name instead of the scorer's.
         """
-        if loop == "whole":
-            found = runs["whole"]({self.guard.manifest.input.name: image})
-            return found | {names.SCORE: found[names.RAW_SCORE]}
+        if loop in ("whole", "direct"):
+            found = runs[loop]({self.guard.manifest.input.name: image})
+            return found if loop == "direct" else found | {names.SCORE: found[names.RAW_SCORE]}
         seen = runs["tapped"]({self.guard.manifest.input.name: image})
         logits = seen[self.guard.manifest.logits].reshape(len(image), -1).astype(np.float32, copy=False)
         return seen | runs[ASIDE if loop == ASIDE else "scorer"]({names.LATENTS: seen[names.LATENTS], names.LOGITS: logits})
