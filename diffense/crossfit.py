@@ -61,23 +61,58 @@ class LatentSet:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one fold is seen through.
+
+    Attributes:
+        seen: all rows, whitened as this fold's are.
+        guidance: fitted on the other folds.
+        chain: likewise.
+    """
+
+    seen: LatentSet
+    guidance: Guidance
+    chain: Chain
+
+
+@dataclass(frozen=True)
 class CrossFit:
     """Every row seen through a chain that was fitted without it.
 
     Attributes:
         folds: (n,) fold of each row; copies share their original's.
-        parts: guidance and chain of each fold, fitted on the other folds.
+        parts: of each fold.
     """
 
     folds: NDArray[np.int64]
-    parts: list[tuple[Guidance, Chain]]
+    parts: list[Part]
 
 
-def cross_fit(clean: LatentSet, whole: Guidance, generator: np.random.Generator) -> CrossFit:
-    """Fit guidance and chain once for each fold, on the rows of the others, with the guide of the `whole`."""
+def cross_fit(
+    clean: LatentSet,
+    whole: Guidance,
+    generator: np.random.Generator,
+    rewhiten: Callable[[NDArray[np.bool_]], Matrix] | None = None,
+) -> CrossFit:
+    """Fit guidance and chain once for each fold, on the rows of the others, with the guide of the `whole`.
+
+    Args:
+        clean: all rows.
+        whole: guidance fitted on all of them.
+        generator: of the folds.
+        rewhiten: gives the (n, W) latents of all rows, whitened by the (n,) rows it is given alone; without it a fold is
+            whitened with the others, which flatters it where rows are few (docs/decisions/0027).
+    """
     labels = clean.logits[: clean.originals].argmax(axis=1)
     folds = assign_folds(labels, FOLDS, generator)[clean.source]
-    return CrossFit(folds, [clean.fit_linear(folds != fold, whole) for fold in range(FOLDS)])
+    parts = []
+    for others in (folds != fold for fold in range(FOLDS)):
+        seen = clean
+        if rewhiten is not None and others.any():
+            latents = rewhiten(others)
+            seen = replace(clean, latents=latents, used=latents.any(axis=0))
+        parts.append(Part(seen, *seen.fit_linear(others, whole)))
+    return CrossFit(folds, parts)
 
 
 def learn_network(
@@ -111,9 +146,9 @@ def learn_network(
         )
     size = clean.latents.shape[1]
     innovation = np.zeros((len(clean.source), size))
-    for fold, (fold_guidance, chain) in enumerate(crossed.parts):
+    for fold, part in enumerate(crossed.parts):
         rows = crossed.folds == fold
-        innovation[rows] = clean.guide(fold_guidance, rows)[1] @ chain.transform
+        innovation[rows] = part.seen.guide(part.guidance, rows)[1] @ part.chain.transform
     everything = np.ones(len(clean.source), bool)
     guide = clean.guide(guidance, everything)[0]
     held_out = crossed.folds == VALIDATION_FOLD
@@ -151,14 +186,14 @@ def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, den
     originals = np.arange(len(clean.source)) < clean.originals
     strange, mismatch, doubt = [], [], []
     step = None if denoise is None else in_float32(denoise)
-    for fold, (guidance, chain) in enumerate(crossed.parts):
+    for fold, part in enumerate(crossed.parts):
         rows = originals & (crossed.folds == fold)
         if not rows.any():
             continue
-        part = replace(formula, guidance=guidance, transform=chain.transform)
-        guide, residual = clean.guide(guidance, rows)
+        own = replace(formula, guidance=part.guidance, transform=part.chain.transform)
+        guide, residual = part.seen.guide(part.guidance, rows)
         if denoise is None or fold == VALIDATION_FOLD:
-            strange.append(np.log(measure_strangeness(part, residual, guide, step, np) + TINY))
-        mismatch.append(np.log(measure_mismatch(part, clean.latents[rows], one_hot(clean.logits[rows]), np) + TINY))
+            strange.append(np.log(measure_strangeness(own, residual, guide, step, np) + TINY))
+        mismatch.append(np.log(measure_mismatch(own, part.seen.latents[rows], one_hot(clean.logits[rows]), np) + TINY))
         doubt.append(guide[:, -1:])
     return Reference(*(np.concatenate(parts) for parts in (strange, mismatch, doubt)))

@@ -15,7 +15,7 @@ from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
 from diffense.clean import CleanSet
 from diffense.crosscalibration import FOLDS, Score, score_crossed
-from diffense.crossfit import LatentSet, cross_fit, learn_network, measure_reference
+from diffense.crossfit import FEWEST_ROWS, LatentSet, cross_fit, learn_network, measure_reference
 from diffense.denoiser import build_denoiser
 from diffense.errors import OptionError
 from diffense.graphs import save_graph
@@ -38,7 +38,7 @@ from diffense.rule import fit_rule
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer, name_evidence
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
-from diffense.tapping import compare_shared, project_taps, whiten, write_tapped
+from diffense.tapping import compare_shared, project_taps, whiten, whiten_without, write_tapped
 from diffense.target import Target
 
 SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
@@ -238,7 +238,11 @@ def fit_scorer(
         latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
     )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
-    crossed = cross_fit(latent_set, whole[0], generator)
+    rewhiten: Callable[[NDArray[np.bool_]], NDArray[np.float64]] | None = None
+    if clean.originals < FEWEST_ROWS and settings.network != "on":  # a network learns in one set of directions
+        widths = [int(directions.sum()) for directions in used.reshape(-1, width)]
+        rewhiten = partial(whiten_without, clean, widths=widths, kind=kind, probabilities=probabilities)
+    crossed = cross_fit(latent_set, whole[0], generator, rewhiten)
     weights, network = learn_network(
         latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report
     )

@@ -131,7 +131,7 @@ def append_latents(
     return joined
 
 
-def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH, independent: int | None = None) -> Whitening:
+def fit_whitening(pooled: Matrix, centred: Matrix, width: int | None = None, independent: int | None = None) -> Whitening:
     """Whiten a tap with the Ledoit–Wolf shrunk within-class covariance.
 
     An orthogonal map of the pooled features leaves the latents as they are: the directions turn along, and their sign is the
@@ -140,22 +140,45 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int = WIDTH, independe
     Args:
         pooled: (n, P) of clean images.
         centred: (n, P) the same minus each row's guided mean.
-        width: most directions to keep.
-        independent: how many of the rows count as independent, all by default.
+        width: most directions to keep; by default `WIDTH`, and no more than one for `ROWS_PER_DIRECTION` rows.
+        independent: how many of the rows count as independent.
     """
     n, p = centred.shape
-    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    variances = singular**2 / n
+    most = min(n, p, width or max(1, min(WIDTH, n // ROWS_PER_DIRECTION)))
+    variances, directions, squares = find_directions(centred, most)
     norms = np.sum(centred**2, axis=1)
-    scale = variances.sum() / p
-    spread = np.sum(variances**2) - p * scale**2  # ||S - scale I||^2 from the eigenvalues alone
-    noise = (np.mean(norms**2) - np.sum(variances**2)) / min(n, independent or n)
+    scale = np.mean(norms) / p
+    spread = squares - p * scale**2  # ||S - scale I||^2
+    noise = (np.mean(norms**2) - squares) / min(n, independent or n)
     weight = min(1.0, noise / spread) if spread > 0.0 else 1.0
-    usable = int(np.sum(variances > LEAST_VARIANCE * max(variances[0], 1e-30)))
-    kept = max(1, min(width, usable, n // ROWS_PER_DIRECTION))
+    kept = max(1, int(np.sum(variances > LEAST_VARIANCE * max(variances[0], 1e-30))))
     shrunk = (1.0 - weight) * variances[:kept] + weight * scale
     moves = shrunk > 1e-30  # a tap that is the same on every image gives zeros
-    matrix = directions[:kept].T * np.where(moves, 1.0 / np.sqrt(np.where(moves, shrunk, 1.0)), 0.0)
+    matrix = directions[:, :kept] * np.where(moves, 1.0 / np.sqrt(np.where(moves, shrunk, 1.0)), 0.0)
     mean = pooled.mean(axis=0)
     signs = np.where(np.sum(((pooled - mean) @ matrix) ** 3, axis=0) < 0.0, -1.0, 1.0)
     return Whitening(mean, matrix * signs)
+
+
+def find_directions(centred: Matrix, most: int) -> tuple[Matrix, Matrix, float]:
+    """Leading eigenvectors of the covariance of centred rows, from the smaller of its two Gram matrices.
+
+    LAPACK's divide-and-conquer SVD of the rows takes several times as long, and gives up on some of them.
+
+    Args:
+        centred: (n, P).
+        most: how many, at most n and P.
+
+    Returns:
+        (most,) variances, largest first; (P, most) directions; the sum of the squares of all of the covariance's entries.
+    """
+    from scipy.linalg import eigh
+
+    n, p = centred.shape
+    gram = (centred.T @ centred if p <= n else centred @ centred.T) / n
+    size = len(gram)
+    values, vectors = eigh(gram, subset_by_index=(size - most, size - 1))
+    variances, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    if p > n:
+        vectors = centred.T @ vectors / np.sqrt(n * np.maximum(variances, 1e-30))
+    return variances, vectors, float(np.sum(gram**2))

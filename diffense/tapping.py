@@ -49,23 +49,43 @@ def _pool(graph: ir.Graph, taps: Sequence[Tap]) -> list[ir.Value]:
     return append_pooling(graph, taps, fronted)
 
 
-def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[Whitening], NDArray[np.float64]]:
-    """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap."""
+def whiten(
+    clean: CleanSet, kind: Kind, probabilities: bool, widths: Sequence[int] | None = None
+) -> tuple[list[Whitening], NDArray[np.float64]]:
+    """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap.
+
+    Args:
+        clean: what is fitted on.
+        kind: what guides the latents.
+        probabilities: whether the logits are a softmax.
+        widths: most directions of each tap, instead of as many as so many rows bear.
+    """
     whitenings = []
     hot = one_hot(clean.logits)
-    for pooled in clean.pooled:
+    most: Sequence[int | None] = widths or [None] * len(clean.pooled)
+    for pooled, width in zip(clean.pooled, most, strict=True):
         if kind == "label":  # not the doubt: directions that doubt explains away here would be blown up for sure inputs
             centred = pooled - hot @ average_by_label(pooled, hot, pooled.mean(axis=0))
         else:
             guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
             centred = split_mean(guidance, pooled, clean.logits, probabilities)[1]
-        whitenings.append(fit_whitening(pooled, centred, independent=count_independent(clean.source)))
+        whitenings.append(fit_whitening(pooled, centred, width, count_independent(clean.source)))
     return whitenings, project_taps(whitenings, clean.pooled)
 
 
-def project_taps(whitenings: Sequence[Whitening], pooled: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Pooled features of each tap, (N, P) -> (N, K d) latents, padded to the widest tap."""
-    width = max(w.directions.shape[1] for w in whitenings)
+def whiten_without(
+    clean: CleanSet, kept: NDArray[np.bool_], widths: Sequence[int], kind: Kind, probabilities: bool
+) -> NDArray[np.float64]:
+    """(n, K d) latents of all rows, d the largest of the taps' widths, whitened by those that are kept alone."""
+    whitenings, _ = whiten(clean.take(kept), kind, probabilities, widths)
+    return project_taps(whitenings, clean.pooled, max(widths))
+
+
+def project_taps(
+    whitenings: Sequence[Whitening], pooled: Sequence[NDArray[np.float64]], width: int | None = None
+) -> NDArray[np.float64]:
+    """Pooled features of each tap, (N, P) -> (N, K d) latents, padded to d, the width of the widest tap by default."""
+    width = width or max(w.directions.shape[1] for w in whitenings)
     latents = np.zeros((len(pooled[0]), len(whitenings) * width))
     for tap, (features, w) in enumerate(zip(pooled, whitenings, strict=True)):
         latents[:, tap * width : tap * width + w.directions.shape[1]] = (features - w.mean) @ w.directions

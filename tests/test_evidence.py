@@ -30,7 +30,7 @@ from diffense.scoring import (
     measure_strangeness,
 )
 from diffense.surprise import QUANTILES, find_surprise, fit_surprise
-from diffense.tapping import whiten
+from diffense.tapping import whiten, whiten_without
 from latent_sets import draw_rows, draw_weights, make_set
 
 TAPS, WIDTH, CLASSES = 3, 6, 4
@@ -220,6 +220,36 @@ def test_the_score_is_unchanged_by_an_orthogonal_map_of_a_taps_features(seed: in
     evidence, scores, _ = fit_and_score(turned, LOGITS, 200, kind)
     np.testing.assert_allclose(evidence, PLAIN[kind][0], atol=1e-5)
     np.testing.assert_allclose(scores, PLAIN[kind][1], rtol=1e-4, atol=1e-5)
+
+
+def draw_wide(rows: int, seed: int) -> tuple[list[NDArray[np.float64]], NDArray[np.float64]]:
+    """Two taps of 200 features about class means, many more than there are rows to fit on."""
+    latents, logits = draw_rows(rows, 3, 2, 200, seed)
+    return [latents[:, :200] * np.geomspace(3, 0.3, 200), latents[:, 200:]], logits
+
+
+@pytest.mark.parametrize("kind", ["label", "logits"])
+def test_fresh_images_are_as_surprising_as_the_few_that_were_fitted_on(kind: Any) -> None:
+    few, (fresh, fresh_logits) = 90, draw_wide(600, seed=1)
+    pooled, logits = draw_wide(few, seed=0)
+    joined = [np.concatenate(pair) for pair in zip(pooled, fresh, strict=True)]
+    evidence, _, scorer = fit_and_score(joined, np.concatenate([logits, fresh_logits]), few, kind)
+    strange = [column for column, e in enumerate(scorer.evidence) if e.kind == "strangeness"]
+    surprise = find_surprise(scorer.rule.pieces, evidence, np)[:, strange]
+    # A tenth of fresh images should exceed what a tenth of the clean ones does; whitened with these, one in 200 would.
+    assert 0.05 < np.mean(surprise >= -np.log(0.1)) < 0.25
+
+
+def test_rows_left_out_of_a_whitening_have_no_part_in_it() -> None:
+    pooled, logits = draw_wide(60, seed=0)
+    clean = CleanSet(logits, pooled, np.arange(60), 60)
+    kept = np.arange(60) % 5 != 0
+    found = whiten_without(clean, kept, [11, 7], "label", False)
+    assert found.shape == (60, 22) and not found[:, 18:].any() and found[:, 17].any()
+    changed = CleanSet(logits, [np.where(kept[:, None], p, 9.0 * p) for p in pooled], np.arange(60), 60)
+    again = whiten_without(changed, kept, [11, 7], "label", False)
+    np.testing.assert_array_equal(again[kept], found[kept])
+    assert np.abs(again[~kept] - found[~kept]).max() > 1
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

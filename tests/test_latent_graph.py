@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from diffense.graphs import open_session
-from diffense.latent import QUARTERS_UP_TO, Whitening, append_latents, append_pooling, fit_whitening
+from diffense.latent import QUARTERS_UP_TO, Whitening, append_latents, append_pooling, find_directions, fit_whitening
 from diffense.names import LATENTS
 from diffense.signature import TensorSpec
 from diffense.taps import Tap
@@ -183,18 +183,37 @@ def test_unseen_features_come_out_white_and_leaning_to_the_positive_side() -> No
     assert (((fitted - w.mean) @ w.directions) ** 3).sum(axis=0).min() > 0
 
 
-@given(st.integers(8, 60), st.integers(2, 40), st.integers(0, 99))
-def test_directions_are_eigenvectors_of_the_ledoit_wolf_covariance(rows: int, columns: int, seed: int) -> None:
+@given(st.integers(8, 60), st.integers(2, 40), st.sampled_from([None, 5]), st.integers(0, 99))
+def test_directions_are_eigenvectors_of_the_ledoit_wolf_covariance(
+    rows: int, columns: int, width: int | None, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     pooled = rng.normal(size=(rows, columns)) * np.geomspace(1, 0.2, columns)
     centred = pooled - pooled.mean(axis=0)
-    w = fit_whitening(pooled, centred, width=5)
+    w = fit_whitening(pooled, centred, width)
     covariance, _ = ledoit_wolf(centred, assume_centered=True)
     kept = w.directions.shape[1]
-    assert kept == max(1, min(5, columns, rows // 4))
+    assert kept == min(width or rows // 4, columns)
     np.testing.assert_allclose(w.directions.T @ covariance @ w.directions, np.eye(kept), atol=1e-6)
     values = np.sort(np.linalg.eigvalsh(covariance))[::-1][:kept]
     np.testing.assert_allclose(np.linalg.norm(w.directions, axis=0) ** -2, values, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 99))
+def test_leading_directions_are_those_of_a_singular_value_decomposition(rows: int, columns: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    centred = rng.normal(size=(rows, columns)) * np.geomspace(1, 0.1, columns)
+    most = min(rows, columns, 6)
+    variances, directions, squares = find_directions(centred, most)
+    _, singular, expected = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(variances, (singular**2 / rows)[:most], rtol=1e-8, atol=1e-14)
+    assert squares == pytest.approx(np.sum((singular**2 / rows) ** 2), rel=1e-8)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(most), atol=1e-6)
+    # The same up to sign, however near two variances are: what is projected has the variance that it should.
+    np.testing.assert_allclose(np.mean((centred @ directions) ** 2, axis=0), variances, rtol=1e-8, atol=1e-14)
+    leading = expected[:1].T
+    assert abs(float(directions[:, 0] @ leading[:, 0])) == pytest.approx(1, abs=1e-4) or singular[1] > 0.999 * singular[0]
 
 
 def test_features_that_never_move_give_zeros() -> None:

@@ -157,11 +157,11 @@ def test_copies_stay_in_the_fold_of_their_original() -> None:
     clean = LatentSet(latents[source], logits[source], source, 60, ALL, WIDTH, "label", False, 0.3)
     crossed = cross_fit(clean, clean.fit_linear(np.ones(90, bool))[0], np.random.default_rng(0))
     assert np.array_equal(crossed.folds, crossed.folds[:60][source])
-    for fold, (guidance, chain) in enumerate(crossed.parts):
+    for fold, part in enumerate(crossed.parts):
         outside = crossed.folds != fold
         expected, expected_chain = clean.fit_linear(outside, clean.fit_linear(np.ones(90, bool))[0])
-        np.testing.assert_allclose(guidance.means, expected.means)
-        np.testing.assert_allclose(chain.transform, expected_chain.transform)
+        np.testing.assert_allclose(part.guidance.means, expected.means)
+        np.testing.assert_allclose(part.chain.transform, expected_chain.transform)
 
 
 @pytest.mark.parametrize("kind", ["label", "logits"])
@@ -203,5 +203,5 @@ def test_with_a_network_only_the_held_out_fold_is_measured() -> None:
     held_out = crossed.folds == 0
     assert len(reference.strange) == held_out.sum() == 20
     assert len(reference.mismatch) == len(reference.doubt) == 100  # no network has a part in them
-    expected = clean.guide(crossed.parts[0][0], held_out)[0]
+    expected = clean.guide(crossed.parts[0].guidance, held_out)[0]
     np.testing.assert_allclose(np.concatenate(seen), expected, rtol=1e-5, atol=1e-6)
