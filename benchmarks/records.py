@@ -25,7 +25,7 @@ FLOOR: Final = RESULTS / "floor.json"
 PEERS_COST: Final = RESULTS / "peers_cost.json"
 SESSIONS: Final = RESULTS / "session_settings.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
-MORE_KEYS: Final = ("clean_per_class", "variant", "shift", "cleared_above")  # each in one kind of file
+MORE_KEYS: Final = ("clean_per_class", "again", "variant", "shift", "cleared_above")  # each in one kind of file
 SERVING_KEYS: Final = (
     "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
 )  # fmt: skip

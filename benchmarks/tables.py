@@ -40,10 +40,15 @@ def is_cell(row: Row) -> bool:
 
 
 def name_cell(row: Row) -> str:
-    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked."""
+    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked.
+
+    ``again`` is the number of a further target of the same seed: on a GPU no two trainings give the same weights.
+    """
     weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
     if row["attack"] not in ("htba", "none") and row["asr_before"] < LEAST_SUCCESS:
         weak += " (weak attack)"
+    if row.get("again"):
+        weak += ", trained again"
     return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
 
 
@@ -147,7 +152,7 @@ def render_costs(rows: list[Row]) -> list[str]:
 
 
 def render_variants(rows: list[Row]) -> list[str]:
-    """Fewer clean images, other seeds of the guard."""
+    """Fewer clean images, other seeds of the guard, further targets."""
     lines = [
         "| cell | clean images a class | guard seed | AUROC | TPR at 5 % | FPR at 5 % | network |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -230,7 +235,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
-        parts += ["", "## Fewer clean images, other guard seeds", "", *render_variants(variants)]
+        parts += ["", "## Fewer clean images, other guard seeds, targets trained again", "", *render_variants(variants)]
     return "\n".join(parts) + "\n"
 
 
