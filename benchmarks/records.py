@@ -47,8 +47,12 @@ KINDS: Final = {
 
 
 def choose_file(row: Row) -> Path:
-    """Rows at the default setting make the matrix; other guard seeds and fewer clean images stand in a file of their own."""
-    return DETECTION if row["guard_seed"] == 0 and row["clean_per_class"] is None else VARIANTS
+    """Rows at the default setting make the matrix.
+
+    Other guard seeds, fewer clean images and targets trained again (``again``, given by hand) stand in a file of their own.
+    """
+    usual = row["guard_seed"] == 0 and row["clean_per_class"] is None and not row.get("again")
+    return DETECTION if usual else VARIANTS
 
 
 def read_rows(path: Path) -> list[Row]:

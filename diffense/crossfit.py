@@ -1,4 +1,4 @@
-"""Clean statistics that no row has helped to fit: the chain by folds, the denoiser on all folds but the first."""
+"""Clean statistics that no row has helped to fit: whitening and chain by folds, the denoiser on all folds but the first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,7 +65,8 @@ class Part:
     """What one fold is seen through.
 
     Attributes:
-        seen: all rows, whitened as this fold's are.
+        seen: all rows, whitened without this fold's, or by all where folds share a whitening. A direction that the other folds
+            lack is padding here.
         guidance: fitted on the other folds.
         chain: likewise.
     """
@@ -77,11 +78,11 @@ class Part:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Every row seen through a chain that was fitted without it.
+    """Every row seen through a chain, and where rows are few a whitening, that was fitted without it.
 
     Attributes:
         folds: (n,) fold of each row; copies share their original's.
-        parts: of each fold.
+        parts: one a fold.
     """
 
     folds: NDArray[np.int64]
@@ -101,14 +102,15 @@ def cross_fit(
         whole: guidance fitted on all of them.
         generator: of the folds.
         rewhiten: gives the (n, W) latents of all rows, whitened by the (n,) rows it is given alone; without it a fold is
-            whitened with the others, which flatters it where rows are few (docs/decisions/0027).
+            whitened with the others, which flatters it where rows are few (docs/decisions/0027). No network can be trained
+            on what it gives: every fold has directions of its own.
     """
     labels = clean.logits[: clean.originals].argmax(axis=1)
     folds = assign_folds(labels, FOLDS, generator)[clean.source]
     parts = []
     for others in (folds != fold for fold in range(FOLDS)):
         seen = clean
-        if rewhiten is not None and others.any():
+        if rewhiten is not None:
             latents = rewhiten(others)
             seen = replace(clean, latents=latents, used=latents.any(axis=0))
         parts.append(Part(seen, *seen.fit_linear(others, whole)))

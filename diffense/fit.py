@@ -38,7 +38,7 @@ from diffense.rule import fit_rule
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer import Scorer, name_evidence
 from diffense.scoring import Formula, allow, fit_allowance, lay_bands
-from diffense.tapping import compare_shared, project_taps, whiten, whiten_without, write_tapped
+from diffense.tapping import compare_shared, project_taps, whiten, whiten_by, write_tapped
 from diffense.target import Target
 
 SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
@@ -240,8 +240,8 @@ def fit_scorer(
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
     rewhiten: Callable[[NDArray[np.bool_]], NDArray[np.float64]] | None = None
     if clean.originals < FEWEST_ROWS and settings.network != "on":  # a network learns in one set of directions
-        widths = [int(directions.sum()) for directions in used.reshape(-1, width)]
-        rewhiten = partial(whiten_without, clean, widths=widths, kind=kind, probabilities=probabilities)
+        widths = [max(1, int(directions.sum())) for directions in used.reshape(-1, width)]
+        rewhiten = partial(whiten_by, clean, widths=widths, width=width, kind=kind, probabilities=probabilities)
     crossed = cross_fit(latent_set, whole[0], generator, rewhiten)
     weights, network = learn_network(
         latent_set, crossed, whole[0], sigmas, settings.network, settings.training_steps, settings.seed, report

@@ -140,11 +140,11 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int | None = None, ind
     Args:
         pooled: (n, P) of clean images.
         centred: (n, P) the same minus each row's guided mean.
-        width: most directions to keep; by default `WIDTH`, and no more than one for `ROWS_PER_DIRECTION` rows.
-        independent: how many of the rows count as independent.
+        width: most directions to keep, at least one; by default `WIDTH`, and no more than one for `ROWS_PER_DIRECTION` rows.
+        independent: how many of the rows count as independent, all by default.
     """
     n, p = centred.shape
-    most = min(n, p, width or max(1, min(WIDTH, n // ROWS_PER_DIRECTION)))
+    most = min(n, p, max(1, min(WIDTH, n // ROWS_PER_DIRECTION)) if width is None else width)
     variances, directions, squares = find_directions(centred, most)
     norms = np.sum(centred**2, axis=1)
     scale = np.mean(norms) / p
@@ -163,14 +163,15 @@ def fit_whitening(pooled: Matrix, centred: Matrix, width: int | None = None, ind
 def find_directions(centred: Matrix, most: int) -> tuple[Matrix, Matrix, float]:
     """Leading eigenvectors of the covariance of centred rows, from the smaller of its two Gram matrices.
 
-    LAPACK's divide-and-conquer SVD of the rows takes several times as long, and gives up on some of them.
+    LAPACK's divide-and-conquer SVD takes several times as long, and on some rows it does not converge.
 
     Args:
         centred: (n, P).
         most: how many, at most n and P.
 
     Returns:
-        (most,) variances, largest first; (P, most) directions; the sum of the squares of all of the covariance's entries.
+        (most,) variances, largest first; (P, most) directions, of unit length where there is a variance; the sum of the squares
+        of all of the covariance's entries.
     """
     from scipy.linalg import eigh
 

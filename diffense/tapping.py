@@ -58,7 +58,7 @@ def whiten(
         clean: what is fitted on.
         kind: what guides the latents.
         probabilities: whether the logits are a softmax.
-        widths: most directions of each tap, instead of as many as so many rows bear.
+        widths: most directions of each tap, at least one, instead of as many as so many rows bear.
     """
     whitenings = []
     hot = one_hot(clean.logits)
@@ -73,19 +73,28 @@ def whiten(
     return whitenings, project_taps(whitenings, clean.pooled)
 
 
-def whiten_without(
-    clean: CleanSet, kept: NDArray[np.bool_], widths: Sequence[int], kind: Kind, probabilities: bool
+def whiten_by(
+    clean: CleanSet, rows: NDArray[np.bool_], widths: Sequence[int], width: int, kind: Kind, probabilities: bool
 ) -> NDArray[np.float64]:
-    """(n, K d) latents of all rows, d the largest of the taps' widths, whitened by those that are kept alone."""
-    whitenings, _ = whiten(clean.take(kept), kind, probabilities, widths)
-    return project_taps(whitenings, clean.pooled, max(widths))
+    """(n, K d) latents of the whole clean set, whitened by these rows alone.
+
+    Args:
+        clean: all rows.
+        rows: (n,) which are fitted on; they hold the original of each of their copies.
+        widths: most directions of each tap, at least one and at most d.
+        width: d.
+        kind: what guides the latents.
+        probabilities: whether the logits are a softmax.
+    """
+    whitenings, _ = whiten(clean.take(rows), kind, probabilities, widths)
+    return project_taps(whitenings, clean.pooled, width)
 
 
 def project_taps(
     whitenings: Sequence[Whitening], pooled: Sequence[NDArray[np.float64]], width: int | None = None
 ) -> NDArray[np.float64]:
     """Pooled features of each tap, (N, P) -> (N, K d) latents, padded to d, the width of the widest tap by default."""
-    width = width or max(w.directions.shape[1] for w in whitenings)
+    width = max(w.directions.shape[1] for w in whitenings) if width is None else width
     latents = np.zeros((len(pooled[0]), len(whitenings) * width))
     for tap, (features, w) in enumerate(zip(pooled, whitenings, strict=True)):
         latents[:, tap * width : tap * width + w.directions.shape[1]] = (features - w.mean) @ w.directions

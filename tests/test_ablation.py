@@ -128,3 +128,6 @@ def test_the_table_has_a_line_a_variant_and_means_over_seeds():
     assert "| default | default | 0.9850 ± 0.0050 | 1.0000 | 0.9925 |" in lines
     assert "| levels | level 2 | – | 0.5000 | – |" in lines
     assert "guard seed 0, 1" in table.render_page(rows)
+    third = rows[0] | {"variant": "level 2", "auroc": 0.985, "tpr_at_fpr1": 0.4}
+    (line,) = table.render_differences([*rows, third])[2:]
+    assert line == "| levels | level 2 | 2 | -0.24750 | -0.50000 | +0.00500 | -0.05000 | -0.10000 | +0.00000 |"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from diffense import fit
 from diffense.clean import CleanSet
 from diffense.crossfit import cross_fit, measure_reference
 from diffense.denoiser import denoise, init_weights
@@ -30,7 +31,7 @@ from diffense.scoring import (
     measure_strangeness,
 )
 from diffense.surprise import QUANTILES, find_surprise, fit_surprise
-from diffense.tapping import whiten, whiten_without
+from diffense.tapping import whiten, whiten_by
 from latent_sets import draw_rows, draw_weights, make_set
 
 TAPS, WIDTH, CLASSES = 3, 6, 4
@@ -244,12 +245,43 @@ def test_rows_left_out_of_a_whitening_have_no_part_in_it() -> None:
     pooled, logits = draw_wide(60, seed=0)
     clean = CleanSet(logits, pooled, np.arange(60), 60)
     kept = np.arange(60) % 5 != 0
-    found = whiten_without(clean, kept, [11, 7], "label", False)
+    found = whiten_by(clean, kept, [11, 7], 11, "label", False)
     assert found.shape == (60, 22) and not found[:, 18:].any() and found[:, 17].any()
     changed = CleanSet(logits, [np.where(kept[:, None], p, 9.0 * p) for p in pooled], np.arange(60), 60)
-    again = whiten_without(changed, kept, [11, 7], "label", False)
+    again = whiten_by(changed, kept, [11, 7], 11, "label", False)
     np.testing.assert_array_equal(again[kept], found[kept])
     assert np.abs(again[~kept] - found[~kept]).max() > 1
+
+
+@pytest.mark.parametrize("size", [1e-18, 5e-16, 1e-15, 1e-12])
+def test_a_wide_tap_of_rounding_noise_keeps_its_place_in_every_fold(size: float) -> None:
+    noise = np.random.default_rng(0).normal(size=(260, 40)) * size
+    _, scores, scorer = fit_and_score([POOLED[0], noise], LOGITS, 200)
+    assert np.isfinite(scores).all() and len(scorer.used) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "network", "again"), [(399, "off", True), (399, "auto", True), (399, "on", False), (400, "off", False)]
+)
+def test_folds_are_whitened_again_where_no_network_can_be_learned(
+    rows: int, network: Any, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def stop(clean: Any, whole: Any, generator: Any, rewhiten: Any) -> Any:
+        given.append(rewhiten)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "cross_fit", stop)
+    pooled, logits = draw_pooled(rows)
+    clean = CleanSet(logits, pooled, np.arange(rows), rows)
+    options = FitSettings(network=network)
+    with pytest.raises(KeyboardInterrupt):
+        fit_scorer(
+            clean, whiten(clean, "label", False)[1], "label", False, np.full((1, 2), 0.3), options,
+            np.random.default_rng(0), ignore_progress,
+        )  # fmt: skip
+    assert (given[0] is not None) == again
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -63,7 +63,7 @@ def test_plans_of_every_graph_are_built_for_the_measured_batches(graphs, monkeyp
     with open_plans(graphs, AheadOfTime(load(monkeypatch)), precision) as runs, open_onnxruntime(graphs, CPU) as truth:
         image = graphs.draw(8)
         reference = graphs.ask(truth, "fused", image)
-        for loop in ("fused", "whole"):
+        for loop in ("fused", "whole", "direct"):
             moved = np.abs(graphs.ask(runs, loop, image)[names.SCORE] - reference[names.SCORE]).max()
             assert moved < (1e-4 if precision == "fp32" else 0.1)
 

@@ -5,8 +5,9 @@ usage: python -m benchmarks.ablation.table
 
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
-from benchmarks.ablation.variants import VARIANTS
+from benchmarks.ablation.variants import DEFAULT, VARIANTS
 from benchmarks.attacks import ATTACKS
 from benchmarks.datasets import SPECS
 from benchmarks.records import ABLATION, Row, read_rows
@@ -52,6 +53,26 @@ def render_table(rows: list[Row], figure: str, form: Callable[[list[float]], str
     return lines
 
 
+def render_differences(rows: list[Row]) -> list[str]:
+    """Each variant less the default on the same target and guard seed: mean, least and greatest difference."""
+    runs: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        runs.setdefault((*find_cell(row), row["guard_seed"]), {})[row["variant"]] = row
+    lines = [
+        "| part | variant | runs | AUROC, mean | least | greatest | TPR at 1 % FPR, mean | least | greatest |",
+        "| --- |" + " --- |" * 8,
+    ]
+    for variant in VARIANTS[1:]:
+        pairs = [(run[variant.name], run[DEFAULT.name]) for run in runs.values() if {variant.name, DEFAULT.name} <= run.keys()]
+        if pairs:
+            cells = []
+            for figure in ("auroc", "tpr_at_fpr1"):
+                found = [ours[figure] - usual[figure] for ours, usual in pairs]
+                cells += [f"{value:+.5f}" for value in (mean(found), min(found), max(found))]
+            lines.append(f"| {variant.group} | {variant.name} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def show_spread(figures: list[float]) -> str:
     """Mean, and half the range where there are several."""
     spread = f" ± {(max(figures) - min(figures)) / 2:.4f}" if len(figures) > 1 else ""
@@ -76,6 +97,10 @@ def render_page(rows: list[Row]) -> str:
         "## TPR at 1 % FPR",
         "",
         *render_table(rows, "tpr_at_fpr1", lambda figures: f"{mean(figures):.3f}"),
+        "",
+        "## Against the default, run by run",
+        "",
+        *render_differences(rows),
     ]
     return "\n".join(parts) + "\n"
 
