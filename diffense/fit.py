@@ -69,7 +69,7 @@ class FitSettings:
     chain_sigma: float = 1.0
     sigmas: tuple[float | tuple[float, ...], ...] = (0.7,)
     steps: int = 1
-    draws: int = 4
+    draws: int = 2
     label_guidance: float = 1.0
     data_guidance: float = 0.0
     training_steps: int = 1000

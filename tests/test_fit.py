@@ -117,7 +117,7 @@ def test_the_learned_part_is_off_where_it_gains_nothing(small_target, tmp_path, 
 def test_every_way_of_sampling_gives_a_calibrated_guard(small_target, clean_images, tmp_path, sampling):
     guard, _ = fit(small_target, clean_images, tmp_path / "g", alpha=0.05, network="on", training_steps=50, **sampling)
     assert guard.score(draw_shapes(600, seed=9)[0]).flagged.mean() < 0.11
-    assert guard.manifest.denoiser.rows == 4 * len(sampling.get("sigmas", (0.3,)))
+    assert guard.manifest.denoiser.rows == FitSettings().draws * len(sampling.get("sigmas", (0.3,)))
 
 
 @pytest.mark.parametrize("sigmas", [(), (0.0,), (-1.0,), ((0.3, 0.3),)])

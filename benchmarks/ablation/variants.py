@@ -48,7 +48,7 @@ class Variant:
     data_guidance: float = DEFAULTS.data_guidance
     sigmas: tuple[float | tuple[float, ...], ...] = DEFAULTS.sigmas
     steps: int = DEFAULTS.steps
-    draws: int = DEFAULTS.draws
+    draws: int = 4  # as in all rows there are; the guard takes two since (docs/decisions/0028)
     distance: Literal["mean", "nearest", "each"] = "mean"
     edges: tuple[int, ...] = BAND_EDGES
     kinds: tuple[str, ...] = ("strangeness", "mismatch")

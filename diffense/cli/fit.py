@@ -57,7 +57,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of split, noise bank and training.")] = 0,
     sigmas: Annotated[str | None, typer.Option(help="Noise levels, comma-separated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoiser calls in sequence.")] = 1,
-    draws: Annotated[int, typer.Option(min=2, help="Noises a level, even.")] = 4,
+    draws: Annotated[int, typer.Option(min=2, help="Noises a level, even.")] = 2,
     label_guidance: Annotated[float, typer.Option(help="1 is the label-conditional denoiser itself.")] = 1.0,
     data_guidance: Annotated[float, typer.Option(min=0.0, help="Pull of each step to the inspected input; 0 is none.")] = 0.0,
 ) -> None:
