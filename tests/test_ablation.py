@@ -117,6 +117,13 @@ def test_unknown_names_are_told(arguments, named):
         command.main(arguments)
 
 
+def test_another_target_seed_can_be_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "run_ablation", lambda cells, seeds, groups: asked.extend(cells))
+    command.main(["--cells", "gtsrb-wanet,cifar10-wanet", "--target-seed", "3"])
+    assert [(cell.dataset, cell.seed) for cell in asked] == [("gtsrb", 3), ("cifar10", 3)]
+
+
 def test_the_table_has_a_line_a_variant_and_means_over_seeds():
     rows = [
         {"dataset": d, "attack": "wanet", "target": "staged_resnet", "seed": 0, "guard_seed": seed, "variant": name,

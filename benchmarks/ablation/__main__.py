@@ -1,11 +1,12 @@
 """Measure the variants on the latents of some cells; what is measured already is kept.
 
-usage: python -m benchmarks.ablation [--cells cifar10-wanet,gtsrb-idba] [--seeds 0,1,2] [--groups levels,chain]
+usage: python -m benchmarks.ablation [--cells cifar10-wanet,gtsrb-idba] [--target-seed 0] [--seeds 0,1,2] [--groups levels,chain]
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -83,11 +84,12 @@ def main(arguments: Sequence[str]) -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description="Measure what each part is worth.")
     parser.add_argument("--cells", default=CELLS, help="dataset-attack, comma-separated")
+    parser.add_argument("--target-seed", type=int, default=0, help="of the targets and their attacks")
     parser.add_argument("--seeds", default="0,1,2", help="of the guard")
     parser.add_argument("--groups", default="", help="of variants; all by default")
     options = parser.parse_args(arguments)
     try:
-        cells = [read_cell(name) for name in options.cells.split(",")]
+        cells = [replace(read_cell(name), seed=options.target_seed) for name in options.cells.split(",")]
         groups = [group for group in options.groups.split(",") if group]
         known = sorted({variant.group for variant in VARIANTS})
         unknown = [group for group in groups if group not in known]
