@@ -1,6 +1,6 @@
 """Measure the variants on the latents of some cells; what is measured already is kept.
 
-usage: python -m benchmarks.ablation [--cells cifar10-wanet,gtsrb-idba] [--target-seed 0] [--seeds 0,1,2] [--groups levels,chain]
+usage: python -m benchmarks.ablation [--cells cifar10-wanet,gtsrb-idba] [--target-seed 0] [--seeds 0,1,2] [--groups chain]
 """
 
 import argparse
