@@ -16,6 +16,8 @@ from diffense.sampling import Denoise, in_float32
 from diffense.scoring import TINY, Formula, measure_mismatch, measure_strangeness
 
 Matrix = NDArray[np.float64]
+Rewhiten = Callable[[NDArray[np.bool_]], Matrix]
+"""(n,) rows to fit on -> (n, W) latents of all rows, whitened by those alone."""
 
 FOLDS: Final = 5
 VALIDATION_FOLD: Final = 0
@@ -93,7 +95,7 @@ def cross_fit(
     clean: LatentSet,
     whole: Guidance,
     generator: np.random.Generator,
-    rewhiten: Callable[[NDArray[np.bool_]], Matrix] | None = None,
+    rewhiten: Rewhiten | None = None,
 ) -> CrossFit:
     """Fit guidance and chain once for each fold, on the rows of the others, with the guide of the `whole`.
 
@@ -101,9 +103,8 @@ def cross_fit(
         clean: all rows.
         whole: guidance fitted on all of them.
         generator: of the folds.
-        rewhiten: gives the (n, W) latents of all rows, whitened by the (n,) rows it is given alone; without it a fold is
-            whitened with the others, which flatters it where rows are few (docs/decisions/0027). No network can be trained
-            on what it gives: every fold has directions of its own.
+        rewhiten: without it a fold is whitened with the others, which misjudges it where rows are few
+            (docs/decisions/0027). No network can be trained on what it gives: every fold has directions of its own.
     """
     labels = clean.logits[: clean.originals].argmax(axis=1)
     folds = assign_folds(labels, FOLDS, generator)[clean.source]

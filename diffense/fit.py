@@ -15,7 +15,7 @@ from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
 from diffense.clean import CleanSet
 from diffense.crosscalibration import FOLDS, Score, score_crossed
-from diffense.crossfit import FEWEST_ROWS, LatentSet, cross_fit, learn_network, measure_reference
+from diffense.crossfit import FEWEST_ROWS, LatentSet, Rewhiten, cross_fit, learn_network, measure_reference
 from diffense.denoiser import build_denoiser
 from diffense.errors import OptionError
 from diffense.graphs import save_graph
@@ -238,7 +238,7 @@ def fit_scorer(
         latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
     )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
-    rewhiten: Callable[[NDArray[np.bool_]], NDArray[np.float64]] | None = None
+    rewhiten: Rewhiten | None = None
     if clean.originals < FEWEST_ROWS and settings.network != "on":  # a network learns in one set of directions
         widths = [max(1, int(directions.sum())) for directions in used.reshape(-1, width)]
         rewhiten = partial(whiten_by, clean, widths=widths, width=width, kind=kind, probabilities=probabilities)

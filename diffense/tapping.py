@@ -49,10 +49,14 @@ def _pool(graph: ir.Graph, taps: Sequence[Tap]) -> list[ir.Value]:
     return append_pooling(graph, taps, fronted)
 
 
-def whiten(
-    clean: CleanSet, kind: Kind, probabilities: bool, widths: Sequence[int] | None = None
-) -> tuple[list[Whitening], NDArray[np.float64]]:
-    """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap.
+def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[Whitening], NDArray[np.float64]]:
+    """Fit each tap's whitening and give the (n, K d) latents of the clean set, padded to the widest tap."""
+    whitenings = fit_whitenings(clean, kind, probabilities)
+    return whitenings, project_taps(whitenings, clean.pooled)
+
+
+def fit_whitenings(clean: CleanSet, kind: Kind, probabilities: bool, widths: Sequence[int] | None = None) -> list[Whitening]:
+    """Fit the whitening of each of the K taps.
 
     Args:
         clean: what is fitted on.
@@ -70,7 +74,7 @@ def whiten(
             guidance = fit_guidance(pooled, clean.logits, kind, probabilities)
             centred = split_mean(guidance, pooled, clean.logits, probabilities)[1]
         whitenings.append(fit_whitening(pooled, centred, width, count_independent(clean.source)))
-    return whitenings, project_taps(whitenings, clean.pooled)
+    return whitenings
 
 
 def whiten_by(
@@ -86,8 +90,7 @@ def whiten_by(
         kind: what guides the latents.
         probabilities: whether the logits are a softmax.
     """
-    whitenings, _ = whiten(clean.take(rows), kind, probabilities, widths)
-    return project_taps(whitenings, clean.pooled, width)
+    return project_taps(fit_whitenings(clean.take(rows), kind, probabilities, widths), clean.pooled, width)
 
 
 def project_taps(

@@ -25,7 +25,8 @@ class Variant:
         by_label: whether that covariance is the predicted label's, shrunk, or shared.
         network: whether there is a learned part.
         units: its width.
-        label_guidance, data_guidance, sigmas, steps, draws: as in `FitSettings`.
+        label_guidance, data_guidance, sigmas, steps: as in `FitSettings`.
+        draws: likewise, but for the default.
         distance: to the mean of the samples, to the nearest, or the mean of the distances.
         edges: of the bands.
         kinds: of evidence that count.
