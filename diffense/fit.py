@@ -104,7 +104,7 @@ def fit_guard(
 
     Raises:
         TooFewImagesError: too few clean images for alpha or for a class.
-        ImageError: images of a wrong size or type.
+        ImageError: images of a wrong size or type, or one on which the target overflows.
         TargetError: the taps cannot be used.
         OptionError: settings that make no sense.
         BundleError: `out` cannot be written.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.errors import ImageError
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
 from diffense.latent import Whitening
@@ -70,11 +71,15 @@ def prepare_clean(
     Raises:
         TooFewImagesError: too few clean images for alpha or for a class.
         OptionError: alpha is not between 0 and 1.
+        ImageError: the target overflows on an image.
     """
     calibration_size = count_calibration(len(images), alpha)
     generator = np.random.default_rng(seed)
     run = open_pooling(target, taps, preprocessing)
     logits, pooled = run(images)
+    broken = np.flatnonzero(~np.isfinite(np.concatenate([logits, *pooled], axis=1)).all(axis=1))
+    if len(broken):
+        raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
     labels = logits.argmax(axis=1)
     kind = decide_guide(labels, target.classes, guide, notify)
     few = len(images) < FEW_IMAGES

@@ -3,7 +3,7 @@ import pytest
 
 import onnx_models
 from diffense.calibration import needed_images
-from diffense.errors import OptionError, TargetError, TooFewImagesError
+from diffense.errors import ImageError, OptionError, TargetError, TooFewImagesError
 from diffense.fit import FitSettings, default_preprocessing, fit_guard
 from diffense.target import Target
 from shapes import draw_shapes
@@ -100,6 +100,14 @@ def test_every_style_of_network_can_be_guarded(style, tmp_path):
     assert guard.manifest.shared_max_difference <= 1e-5
     noise = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8)
     assert guard.score(noise).scores.mean() > guard.score(draw_shapes(100, seed=8)[0]).scores.mean()
+
+
+def test_a_target_that_overflows_is_told_with_the_image(small_target, clean_images, tmp_path):
+    target = Target.open(small_target)
+    preprocessing = default_preprocessing(target).model_copy(update={"scale": 1e36})
+    with pytest.raises(ImageError, match="image 0 makes the target's features overflow; check --scale"):
+        fit_guard(target, clean_images, tmp_path / "g", preprocessing=preprocessing)
+    assert not (tmp_path / "g").exists()
 
 
 def test_the_learned_part_is_off_where_it_gains_nothing(small_target, tmp_path, clean_images):
