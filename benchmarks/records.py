@@ -27,7 +27,8 @@ SESSIONS: Final = RESULTS / "session_settings.json"
 KEYS: Final = ("dataset", "attack", "target", "seed", "guard_seed")
 MORE_KEYS: Final = ("clean_per_class", "again", "variant", "shift", "cleared_above")  # each in one kind of file
 SERVING_KEYS: Final = (
-    "target", "placement", "loop", "gateway", "protocol", "batch", "concurrency", "shared_memory", "tool", "machine",
+    "target", "placement", "loop", "gateway", "accelerator", "backend", "protocol", "batch", "concurrency", "shared_memory",
+    "tool", "machine",
 )  # fmt: skip
 FLOOR_KEYS: Final = ("target", "batch", "machine")  # of session settings too
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")

@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from diffense.backends import find_server
 from diffense.errors import OptionError
+from diffense_export.engine import find_device
 
 SHARED: Final = "DIFFENSE_SHARED"
 CACHE: Final = "DIFFENSE_BENCH"
@@ -39,8 +41,17 @@ def describe_machine() -> str:
     """Processor, cores and GPU, in words."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpu = "GPU" if Path("/dev/nvidia0").exists() else "no GPU"
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {gpu}"
+    device = find_device()
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {device.name if device else 'no GPU'}"
+
+
+def describe_run() -> dict[str, str]:
+    """What every row of a served measurement says of its place: machine, the server's onnxruntime backend, commit.
+
+    Raises:
+        ServeError: there is no server.
+    """
+    return {"machine": describe_machine(), "backend": find_server().onnxruntime_backend, "commit": find_commit()}
 
 
 def find_commit() -> str:

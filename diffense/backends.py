@@ -16,6 +16,8 @@ WHEEL: Final = "nvidia-pytriton"
 SERVER_IN_WHEEL: Final = {"0.7.0": "2.51.0"}  # stated nowhere inside the wheel
 BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 INSTALL: Final = 'pip install "diffense[serve]"'
+NATIVE_SETTING: Final = "DIFFENSE_ONNXRUNTIME_BACKEND"  # folder of a C++ onnxruntime backend for the wheel's server
+NATIVE_LIBRARY: Final = "libtriton_onnxruntime.so"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class ServerFiles:
     version: str
     distribution: Path | None = None  # the wheel's tritonserver folder
     libraries: Path | None = None  # the wheel's shared libraries
+    onnxruntime: Path | None = None  # folder of a C++ onnxruntime backend for the wheel's server; None: our stand-in
+
+    @property
+    def onnxruntime_backend(self) -> Literal["C++", "stand-in"]:
+        """Whether Triton's own backend runs the graphs, or ours that is written for the Python backend."""
+        return "C++" if self.kind == "native" or self.onnxruntime is not None else "stand-in"
 
 
 def check_numpy(version: str) -> None:
@@ -88,7 +96,17 @@ def _find_wheel() -> ServerFiles:
             f"apt install libpython{python}; with pyenv build it with --enable-shared"
         )
     version = SERVER_IN_WHEEL.get(wheel.version, "unknown")
-    return ServerFiles("wheel", binary, version, distribution, site / "nvidia_pytriton.libs")
+    return ServerFiles("wheel", binary, version, distribution, site / "nvidia_pytriton.libs", _find_onnxruntime())
+
+
+def _find_onnxruntime() -> Path | None:
+    stated = os.environ.get(NATIVE_SETTING, "")
+    if not stated:
+        return None
+    folder = Path(stated).resolve()
+    if not (folder / NATIVE_LIBRARY).is_file():
+        raise ServeError(f"{NATIVE_SETTING}={stated}: no {NATIVE_LIBRARY} there; unset it to serve with the stand-in")
+    return folder
 
 
 def find_libpython() -> Path | None:
@@ -119,9 +137,12 @@ def assemble_backends(files: ServerFiles, folder: Path) -> list[str]:
     # Copies: the server refuses a linked library for backends that are written in Python.
     for part in (source / "libtriton_python.so", source / "triton_python_backend_utils.py", _stub(files.distribution)):
         shutil.copy2(part, python / part.name)
-    stand_in = folder / "onnxruntime"
-    stand_in.mkdir()
-    shutil.copyfile(find_templates() / STAND_IN / "model.py", stand_in / "model.py")
+    onnxruntime = folder / "onnxruntime"
+    if files.onnxruntime is not None:
+        onnxruntime.symlink_to(files.onnxruntime)
+    else:
+        onnxruntime.mkdir()
+        shutil.copyfile(find_templates() / STAND_IN / "model.py", onnxruntime / "model.py")
     return [f"--backend-directory={folder}", f"--cache-directory={files.distribution / 'caches'}"]
 
 

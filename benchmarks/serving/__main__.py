@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, cast
 
-from benchmarks.records import SERVING, read_rows, write_row
+from benchmarks.records import SERVING, find_key, read_rows, write_row
 from benchmarks.serving.breakdown import Breakdown
 from benchmarks.serving.exports import IMAGES, LOOPS, PLACEMENTS, Served, choose, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import Measure, Scenario, choose_tool, compare_models, read_models
 from diffense.bench.perf_analyzer import find_perf_analyzer
 from diffense.errors import DiffenseError
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--targets", default=",".join(NETWORKS))
     parser.add_argument("--placements", default=",".join(PLACEMENTS))
     parser.add_argument("--loops", default=",".join(LOOPS))
+    parser.add_argument("--accelerator", default="none", choices=("none", "cuda", "tensorrt"), help="as of `diffense export`")
     parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many scenarios")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         for target in choose(options.targets, NETWORKS):
             for placement in choose(options.placements, PLACEMENTS):
                 for loop in choose(options.loops, LOOPS):
-                    served = Served(target, cast("Any", placement), cast("Any", loop), options.gateway)
+                    served = Served(target, cast("Any", placement), cast("Any", loop), options.gateway, options.accelerator)
                     missing = [s for s in SCENARIOS[: options.scenarios] if options.again or not is_done(served, s, tool[0])]
                     if missing:
                         measure(served, missing, tool, options.rounds, options.seconds)
@@ -65,14 +66,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def describe(served: Served, scenario: Scenario, tool: str) -> dict[str, Any]:
-    """What tells rows apart."""
-    return asdict(served) | asdict(scenario) | {"tool": tool, "machine": describe_machine()}
+    """What tells rows apart, and the commit."""
+    return asdict(served) | asdict(scenario) | {"tool": tool} | describe_run()
 
 
 def is_done(served: Served, scenario: Scenario, tool: str) -> bool:
     """Whether this machine has measured it."""
     wanted = describe(served, scenario, tool)
-    return any(all(row.get(name) == value for name, value in wanted.items()) for row in read_rows(SERVING))
+    return any(find_key(row) == find_key(wanted) for row in read_rows(SERVING))
 
 
 def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Measure], rounds: int, seconds: float) -> None:
@@ -96,9 +97,7 @@ def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Meas
                 rounds=rounds,
                 seconds=seconds,
             )
-            row = (
-                asdict(found) | describe(served, scenario, tool[0]) | {"time_ms": breakdown.average(), "commit": find_commit()}
-            )
+            row = asdict(found) | describe(served, scenario, tool[0]) | {"time_ms": breakdown.average()}
             write_row(row, SERVING)
             print(f"{guarded} {scenario}: p50 x{found.p50_ratio:.3f}, throughput x{found.throughput_ratio:.3f}", flush=True)
 

@@ -15,6 +15,7 @@ from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.serving.settings import Loop
 from diffense.target import Target
+from diffense_export.configs import Accelerator
 from diffense_export.repository import export_guard
 
 PLACEMENTS: Final = ("separate", "shared")
@@ -24,19 +25,21 @@ IMAGES: Final = 320  # to fit on; random weights have nothing to learn, only the
 
 @dataclass(frozen=True)
 class Served:
-    """One export: which target, how placed, which loop, and whether clients ask the gateway."""
+    """One export: which target, how placed, which loop, whether clients ask the gateway, and what runs its graphs on a GPU."""
 
     target: str
     placement: Literal["separate", "shared"]
     loop: Loop
     gateway: bool
+    accelerator: Accelerator = "none"
 
 
 def prepare_repository(served: Served, images: NDArray[np.uint8], model: str) -> Path:
     """Export a guard of the target into a repository of its own."""
     target, guard = prepare_guard(served.target, images)
-    repository = target.parent / f"{served.placement}-{served.loop}"
-    export_guard(guard, target, repository, model, placement=served.placement, loop=served.loop)
+    repository = target.parent / f"{served.placement}-{served.loop}-{served.accelerator}"
+    options: dict[str, Any] = {"placement": served.placement, "loop": served.loop, "accelerator": served.accelerator}
+    export_guard(guard, target, repository, model, **options)
     return repository
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.records import MEMORY, Row, write_row
 from benchmarks.serving.exports import IMAGES, LOOPS, Served, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import TIMEOUT_S
 from diffense.errors import BadInputError, DiffenseError, OverloadedError
@@ -74,14 +74,13 @@ def measure(served: Served, count: int) -> None:
         "target": served.target,
         "placement": served.placement,
         "loop": served.loop,
-        "machine": describe_machine(),
+        **describe_run(),
         "requests": count,
         "answers": dict(answers),
         "seconds": seconds,
         "processes": grown,
         "total": total,
         "samples": {"requests": watch.places, "mb": watch.sizes},
-        "commit": find_commit(),
     }
     write_row(row, MEMORY)
     print(describe(row))

@@ -17,7 +17,7 @@ from benchmarks.records import OVERLOAD, Row, read_rows, write_row
 from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.serving.offered import Offer, run_offer
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import Load, run_load
 from diffense.errors import BenchError, DiffenseError
@@ -82,13 +82,12 @@ def measure(target: str, front: str, queue: int, max_batch_size: int, seconds: f
                 "queue": queue,
                 "max_batch_size": max_batch_size,
                 "factor": factor,
-                "machine": describe_machine(),
+                **describe_run(),
                 "capacity": capacity,
                 "offered": offer.rate,
                 "seconds": seconds,
                 **found,
                 "production": {"alone": asdict(alone), "beside": asdict(beside)},
-                "commit": find_commit(),
             }
             write_row(row, OVERLOAD)
             print(f"{guarded}, {factor:g} x {capacity:.1f}/s: {found['refused']:.1%} refused", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.records import REPEATS, Row, read_rows, write_row
 from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import TIMEOUT_S
 from diffense.errors import DiffenseError
@@ -84,8 +84,7 @@ def measure(target: str, requests: int, rounds: int) -> None:
                 "cached_ratio": float(np.median(cached / unguarded)),
                 "rounds": rounds,
                 "requests": requests,
-                "machine": describe_machine(),
-                "commit": find_commit(),
+                **describe_run(),
             }
             write_row(row, REPEATS)
             print(f"{target}, {share:.0%} seen before: x{row['cached_ratio']:.3f}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.records import STREAM, Row, read_rows, write_row
 from benchmarks.serving.exports import IMAGES, PLACEMENTS, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import TIMEOUT_S, Load, run_load
 from diffense.errors import DiffenseError
@@ -83,8 +83,7 @@ def measure(target: str, placement: str, seconds: float, rounds: int) -> None:
                 "verdict_ratio": float(np.median(verdict / unguarded)),
                 "rounds": rounds,
                 "seconds": seconds,
-                "machine": describe_machine(),
-                "commit": find_commit(),
+                **describe_run(),
             }
             write_row(row, STREAM)
             print(f"{model}, batch {batch}: prediction x{row['prediction_ratio']:.3f}", file=sys.stderr, flush=True)

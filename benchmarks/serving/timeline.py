@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.records import TIMELINE, Row, read_rows, write_row
 from benchmarks.serving.exports import IMAGES, LOOPS, PLACEMENTS, Served, choose, prepare_repository
 from benchmarks.serving.networks import NETWORKS, draw_images
-from benchmarks.settings import describe_machine, find_commit
+from benchmarks.settings import describe_run
 from diffense.bench.comparison import pack_requests, read_models
 from diffense.bench.load import Load, run_load
 from diffense.errors import BenchError, DiffenseError
@@ -116,8 +116,7 @@ def measure(served: Served, seconds: float) -> None:
             "traced": len(parts),
             "server_ms": float(np.mean([sum(part.values()) for part in parts])),
             "steps_ms": {step: float(np.mean([part[step] for part in parts])) for step in STEPS},
-            "machine": describe_machine(),
-            "commit": find_commit(),
+            **describe_run(),
         }
         write_row(row, TIMELINE)
         print(f"{model}, batch {batch}: {row['server_ms']:.2f} ms in the server", file=sys.stderr, flush=True)
