@@ -94,7 +94,11 @@ def _check_server() -> Finding:
         find_templates()
     except ServeError as error:
         return Finding("Triton", None, str(error), needed=True)
-    return Finding("Triton", f"{files.version} ({files.kind}: {files.binary})", needed=True)
+    return Finding(
+        "Triton",
+        f"{files.version} ({files.kind}: {files.binary}; onnxruntime backend: {files.onnxruntime_backend})",
+        needed=True,
+    )
 
 
 def _check_shared_memory() -> Finding:

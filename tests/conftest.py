@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import onnx_models
 import shapes
+from diffense.backends import NATIVE_SETTING
 from diffense.cli import main
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
@@ -56,6 +57,12 @@ def guard(small_target: Path, clean_images: NDArray[np.uint8], tmp_path_factory:
     """A guard with its network on, fitted on `clean_images`."""
     settings = FitSettings(alpha=0.02, network="on", training_steps=200)
     return fit_guard(Target.open(small_target), clean_images, tmp_path_factory.mktemp("guard") / "g", settings=settings)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve with our stand-in also where the tests run on a C++ onnxruntime backend."""
+    monkeypatch.delenv(NATIVE_SETTING, raising=False)
 
 
 @pytest.fixture

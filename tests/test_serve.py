@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffense import health
-from diffense.backends import assemble_backends, check_numpy, find_server, server_environment
+from diffense.backends import NATIVE_LIBRARY, NATIVE_SETTING, assemble_backends, check_numpy, find_server, server_environment
 from diffense.errors import ServeError
 from diffense.ports import choose_ports
 from diffense.serve import TritonServer
@@ -21,6 +22,7 @@ from repositories import write_plain_model, write_verdict_model
 
 RUN = "import sys; from pathlib import Path; from diffense.serve import TritonServer\n"
 PATIENCE_S = 30.0
+COMPILE = Path(__file__).parents[1] / "benchmarks" / "serving" / "get_onnxruntime_backend.sh"
 
 
 def is_running(pid: int) -> bool:
@@ -61,6 +63,36 @@ def test_numpy_1_is_taken() -> None:
 
 def test_templates_have_the_stand_in() -> None:
     assert "stand-in" in (find_templates() / "onnxruntime_standin" / "model.py").read_text()
+
+
+def test_a_compiled_onnxruntime_backend_takes_the_place_of_the_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(NATIVE_SETTING, raising=False)
+    assert find_server("wheel").onnxruntime_backend == "stand-in"
+    monkeypatch.setenv(NATIVE_SETTING, str(tmp_path / "compiled"))
+    with pytest.raises(ServeError, match=rf"{NATIVE_SETTING}=.*compiled: no {NATIVE_LIBRARY} there; unset it"):
+        find_server("wheel")
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled" / NATIVE_LIBRARY).touch()
+    files = find_server("wheel")
+    assert files.onnxruntime_backend == "C++"
+    assemble_backends(files, tmp_path / "backends")
+    assert [path.name for path in (tmp_path / "backends" / "onnxruntime").iterdir()] == [NATIVE_LIBRARY]
+
+
+@pytest.mark.parametrize(("arguments", "settings", "said"), [
+    ([], {}, "usage: .*get_onnxruntime_backend.sh DIR"),
+    (["folder"], {"PYTHON": "no-such-python"}, "no-such-python has no onnxruntime|apt install"),
+])  # fmt: skip
+def test_the_script_that_compiles_the_backend_says_what_is_missing(
+    tmp_path: Path, arguments: list[str], settings: dict[str, str], said: str
+) -> None:
+    command = ["bash", str(COMPILE), *(str(tmp_path / name) for name in arguments)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert re.match(f"get_onnxruntime_backend: .*({said})", line)
 
 
 def test_server_of_a_wrong_path_is_refused(tmp_path: Path) -> None:
@@ -138,6 +170,7 @@ def test_any_log_gives_one_line_or_nothing(lines: list[str]) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("stand_in")
 def test_bad_config_is_explained_in_one_line(tmp_path: Path) -> None:
     repository, log = tmp_path / "repository", tmp_path / "triton.log"
     write_plain_model(repository, "good")
@@ -153,6 +186,7 @@ def test_bad_config_is_explained_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("stand_in")
 def test_server_stops_in_order_and_leaves_nothing(tmp_path: Path) -> None:
     write_plain_model(tmp_path, "plain")
     others = {path.name.rsplit("_", 1)[0] for path in Path("/dev", "shm").glob(f"diffense_{os.getpid()}_*")}

@@ -34,6 +34,7 @@ def test_offered_load_is_accounted_for_and_shown(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("stand_in")
 def test_memory_is_read_of_every_process_while_good_and_bad_requests_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "memory.json")
     memory.main(["--target", "demo", "--placement", "shared", "--requests", "400"])

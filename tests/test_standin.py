@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from diffense.backends import NATIVE_SETTING
 from diffense.serve import TritonServer
 from repositories import CLASSES, FEATURES, make_weights, write_lookup_model, write_onnx_model, write_plain_model
 
@@ -44,7 +45,10 @@ def client(
     write_onnx_model(repository, "bare", "")
     write_onnx_model(repository, "loose", 'max_batch_size: 8\nparameters { key: "execution_mode" '
                      'value { string_value: "1" } }\n')  # fmt: skip
-    with grpc.InferenceServerClient(triton_for(repository).endpoints.grpc) as client:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(NATIVE_SETTING, raising=False)
+        server = triton_for(repository)
+    with grpc.InferenceServerClient(server.endpoints.grpc) as client:
         yield client
 
 

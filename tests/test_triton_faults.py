@@ -18,8 +18,8 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture
-def mortal(guard, small_target, tmp_path):
-    """A server of its own, since what is killed stays dead."""
+def mortal(guard, small_target, tmp_path, stand_in):
+    """A server of its own, since what is killed stays dead; each graph is a process there."""
     repository = tmp_path / "repository"
     export_guard(guard, small_target, repository, "m", max_batch_size=MAX_BATCH, threads=1, stream=True)
     copy_gateway(repository, "m", "closed", **{CLOSED_PARAMETER: "true"})
