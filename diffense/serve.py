@@ -37,6 +37,8 @@ LAUNCHER: Final = (
     "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
+# Each graph has a thread pool of its own otherwise, and those of the idle ones hold the cores for milliseconds (docs/decisions/0029).
+ONE_POOL: Final = "--backend-config=onnxruntime,enable-global-threadpool=1"
 _COUNT = itertools.count()
 
 
@@ -200,6 +202,7 @@ class TritonServer:
             f"--model-control-mode={self.model_control}",
             f"--exit-timeout-secs={self.grace_s}",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            *((ONE_POOL,) if files.onnxruntime_backend == "C++" else ()),
             "--log-format=ISO8601",
             *(() if _has_gpu() else ("--allow-gpu-metrics=false",)),
             *((f"--cache-config=local,size={self.cache_mib << 20}",) if self.cache_mib else ()),

@@ -15,7 +15,7 @@ from diffense import health
 from diffense.backends import NATIVE_LIBRARY, NATIVE_SETTING, assemble_backends, check_numpy, find_server, server_environment
 from diffense.errors import ServeError
 from diffense.ports import choose_ports
-from diffense.serve import TritonServer
+from diffense.serve import ONE_POOL, TritonServer
 from diffense.serverlog import STARVED_REASON, explain_log
 from diffense.templates import find_templates
 from repositories import write_plain_model, write_verdict_model
@@ -262,13 +262,16 @@ def test_server_on_path_comes_first_and_keeps_its_own_backends(tmp_path: Path, m
     libraries = server_environment(wheel)["LD_LIBRARY_PATH"]
     program = tmp_path / "bin" / "tritonserver"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nLD_LIBRARY_PATH={libraries} exec {wheel.binary} {options} $*\n")
+    program.write_text(f"#!/bin/sh\necho $* >{tmp_path}/given\nLD_LIBRARY_PATH={libraries} exec {wheel.binary} {options} $*\n")
     program.chmod(0o755)
     write_plain_model(tmp_path / "repository", "plain")
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     with TritonServer(tmp_path / "repository") as server:
         assert server.files is not None
         assert (server.files.kind, server.files.binary) == ("native", program)
+        assert ONE_POOL in (tmp_path / "given").read_text().split(), (
+            "graphs of a server with its own backend share their threads"
+        )
         assert server.check() == ["plain"]
         assert server.log is not None
         assert str(tmp_path / "backends" / "onnxruntime") in server.log.read_text()

@@ -15,8 +15,8 @@ from benchmarks.serving import floor, memory, overload, peers_cost, repeats, str
 from benchmarks.settings import RESULTS
 
 HEAD: Final = (
-    "target", "placement", "loop", "asked", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
-    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio", "processor",
+    "target", "placement", "loop", "asked", "accelerator", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
+    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio",
 )  # fmt: skip
 SHORT: Final = (
     "target", "placement", "loop", "batch 1: p50 ms", "ratio", "throughput ratio", "batch 8: p50 ms", "ratio",
@@ -30,10 +30,15 @@ COLOURS: Final = dict(
     )
 )
 FIGURES: Final = ("p50_ms", "p99_ms", "throughput")
-STAND_IN: Final = (
-    "Measured on the server of nvidia-pytriton, whose ONNX backend is a stand-in written in Python, one process a model: "
-    "the milliseconds are an upper bound for the container's C++ backend, the ratios hold for this stand-in."
+BACKEND: Final = (
+    "Measured on the server of nvidia-pytriton with Triton's own C++ onnxruntime backend, compiled by "
+    "`benchmarks/serving/get_onnxruntime_backend.sh`."
 )
+STAND_IN: Final = (
+    "The same server with its stand-in for that backend, written in Python, one process a model, as `diffense serve` runs it "
+    "where none is compiled: an upper bound."
+)
+NO_GPU: Final = "no GPU"
 
 
 def render_row(row: Row) -> str:
@@ -44,6 +49,7 @@ def render_row(row: Row) -> str:
         row["placement"],
         row["loop"],
         "gateway" if row["gateway"] else "ensemble",
+        row["accelerator"],
         row["protocol"],
         str(row["batch"]),
         str(row["concurrency"]),
@@ -52,7 +58,6 @@ def render_row(row: Row) -> str:
         *(f"{value:.4g}" for pair in pairs for value in pair),
         f"{row['p50_ratio']:.2f}",
         f"{row['throughput_ratio']:.2f}",
-        row["machine"].split(",")[0],
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -64,17 +69,21 @@ def list_commits(rows: list[Row]) -> str:
 
 def render_page(rows: list[Row]) -> str:
     """The whole page."""
-    made = "; ".join(sorted({f"{row['machine']}, {row['tool']}, commit {row['commit']}" for row in rows}))
-    rounds = ", ".join(sorted({f"{row['rounds']} rounds of {row['seconds']:g} s" for row in rows}))
     lines = [
         "# Serving: guarded beside unguarded",
         "",
         "Written by `python -m benchmarks.serving.table` from `serving.json`; measured by `python -m benchmarks.serving`.",
-        f"{made}; {rounds}, medians.",
+        "Weights are random and the guard's network is on, the costlier of the two guards that a user may get.",
         "",
-        f"{STAND_IN} Weights are random and the guard's network is on, the costlier of the two guards that a user may get.",
+        *render_part(BACKEND, pick_backend(rows, "C++")),
         "",
-        *render_table(rows),
+        "## On a GPU",
+        "",
+        *render_part(BACKEND, [row for row in rows if NO_GPU not in row["machine"]]),
+        "",
+        "## With the stand-in",
+        "",
+        *render_part(STAND_IN, pick_backend(rows, "stand-in")),
         "",
         "## Over the floor",
         "",
@@ -83,7 +92,7 @@ def render_page(rows: list[Row]) -> str:
         "",
         f"{list_commits(read_rows(FLOOR))}.",
         "",
-        *floor.render_table(read_rows(FLOOR), keep_tool(rows)),
+        *floor.render_table(read_rows(FLOOR), keep_tool(pick_backend(rows, "C++"))),
         "",
         "## Where the time goes",
         "",
@@ -134,6 +143,17 @@ def render_table(rows: list[Row]) -> list[str]:
     return ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|", *map(render_row, rows)]
 
 
+def render_part(introduction: str, rows: list[Row]) -> list[str]:
+    """Rows of one backend, and what they are of."""
+    rounds = ", ".join(sorted({f"{row['rounds']} rounds of {row['seconds']:g} s" for row in rows}))
+    return [introduction, f"{list_commits(rows)}; {rounds}, medians.", "", *render_table(rows)]
+
+
+def pick_backend(rows: list[Row], backend: str) -> list[Row]:
+    """The rows of a server without a GPU that runs its graphs on that backend."""
+    return [row for row in rows if row["backend"] == backend and NO_GPU in row["machine"]]
+
+
 def keep_tool(rows: list[Row]) -> list[Row]:
     """The rows of perf_analyzer where it measured anything."""
     tool = "perf_analyzer" if any(row["tool"] == "perf_analyzer" for row in rows) else "builtin"
@@ -145,7 +165,7 @@ def pick_summary(rows: list[Row]) -> list[Row]:
     wanted = [(1, 1), (8, 1)]
     return [
         row
-        for row in keep_tool(rows)
+        for row in keep_tool(pick_backend(rows, "C++"))
         if row["protocol"] == "grpc"
         and not row["shared_memory"]
         and not row["gateway"]
