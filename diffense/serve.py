@@ -37,7 +37,7 @@ LAUNCHER: Final = (
     "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
-# Each graph has a thread pool of its own otherwise, and those of the idle ones hold the cores for milliseconds (docs/decisions/0029).
+# Each graph has threads of its own otherwise, and those of the idle ones hold the cores for milliseconds (docs/decisions/0029).
 ONE_POOL: Final = "--backend-config=onnxruntime,enable-global-threadpool=1"
 _COUNT = itertools.count()
 

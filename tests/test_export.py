@@ -134,6 +134,18 @@ def test_queues_are_limited_at_the_fronts_alone_which_get_instances_enough(guard
             assert [group.count for group in configs[name].instance_group] == [max(least, instances)]
 
 
+def test_models_that_take_images_answer_them_one_by_one_on_the_cuda_provider(guard, small_target, tmp_path):
+    for placement in ("separate", "shared"):
+        options = {"placement": placement, "stream": True, "accelerator": "cuda"}
+        export_guard(guard, small_target, tmp_path / placement, "m", **options)
+        configs = read_configs(tmp_path / placement)
+        stacks = {name for name, config in configs.items() if config.HasField("dynamic_batching")}
+        assert stacks == {"m_denoiser", "m_guard"}
+        export_guard(guard, small_target, tmp_path / placement, "m", **options, queue=7)
+        limited = read_configs(tmp_path / placement)["m_gateway"]
+        assert limited.dynamic_batching.default_queue_policy.max_queue_size == 7
+
+
 def test_the_stream_is_made_when_asked_for_and_goes_when_not(guard, small_target, tmp_path):
     report = export_guard(guard, small_target, tmp_path / "r", "m", stream=True)
     assert "m_stream" in report.models

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from tritonclient.grpc import model_config_pb2
 
 import onnx_models
 from ahead_of_time import AheadOfTime, load
@@ -17,7 +18,7 @@ from diffense.target import Target
 from diffense_export.configs import CONFIG_FILE, parse_config
 from diffense_export.engine import Shapes, find_device
 from diffense_export.half import convert_half
-from diffense_export.plans import PLAN_FILE, PLANS_FILE, PlansManifest, build_plans, choose_shapes
+from diffense_export.plans import PLAN_FILE, PLANS_FILE, PlansManifest, build_plans, choose_shapes, make_config
 from diffense_export.repository import export_guard
 from repositories import hash_tree
 
@@ -90,6 +91,13 @@ def test_plans_are_built_again_from_the_graphs_beside_them_production_only_when_
     assert parse_config(repository / "m" / CONFIG_FILE).optimization.cuda.graphs
     with pytest.raises(ExportError, match="runs on tensorrt"):  # an export cannot tell which classifier a plan was
         export_guard(guard, small_target, repository, "m", production=False)
+
+
+def test_plans_stack_requests_also_where_the_config_for_onnxruntime_does_not():
+    config = model_config_pb2.ModelConfig(name="m", max_batch_size=8)
+    assert make_config(config, cuda_graphs=False).HasField("dynamic_batching")
+    config.max_batch_size = 0
+    assert not make_config(config, cuda_graphs=False).HasField("dynamic_batching")
 
 
 def test_every_batch_that_is_served_is_in_the_profile(exported):

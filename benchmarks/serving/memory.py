@@ -92,7 +92,7 @@ def describe(row: Row) -> str:
     return (
         f"{row['target']} {row['placement']} {row['loop']}: {total['slope']:+.2f} ± {total['error']:.2f} MB per {PER} requests "
         f"over the later half of {row['requests']} ({total['last_mb']:.0f} MB in {len(row['processes'])} processes), "
-        f"{'within' if total['within_noise'] else 'beyond'} noise"
+        f"{'within' if total['within_noise'] else 'beyond'} noise; {row['backend']} backend"
     )
 
 

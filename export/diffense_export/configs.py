@@ -150,10 +150,20 @@ class ConfigWriter:
             )
         return config
 
+    def keep_apart(self, config: Any) -> None:
+        """Where onnxruntime's CUDA provider is asked for, have requests to a model that takes images answered one by one.
+
+        It plans every convolution anew when the batch size is not the last one's, which takes longer than what stacking saves
+        (docs/decisions/0030).
+        """
+        if self.accelerator == "cuda":
+            config.ClearField("dynamic_batching")
+
     def limit_queue(self, config: Any) -> None:
         """Have a front refuse what comes while `queue` requests wait, at once and with UNAVAILABLE.
 
         Not for steps of an ensemble: where one refuses while another runs, Triton 2.51 gives its client no answer at all.
+        Only a model that stacks requests has a limit, so a front that has one stacks them whatever runs its graphs.
         A model of few instances that has a limit leaves waiting requests alone for half a second now and then, so a front
         gets `FRONT_INSTANCES` at least (docs/decisions/0014).
         """

@@ -119,7 +119,9 @@ class FamilyBuilder:
         guarded = self._make_ensemble()
         if self.options.production:
             copy_graph(self.target, self._make_version(self.model))
-            self._write(self.writer.make_onnx(self.model, [self.input], self.outputs, self._image))
+            production = self.writer.make_onnx(self.model, [self.input], self.outputs, self._image)
+            self.writer.keep_apart(production)
+            self._write(production)
         latents = self._make_version(self.wiring.latents_model) / MODEL_FILE
         scored, judged = self.wiring.scored, self.wiring.direct
         if not self.shared:
@@ -133,6 +135,7 @@ class FamilyBuilder:
         if judged and not self.shared:
             outputs.append(replace(self.raw_logits, name=names.PASSED_LOGITS))
         config = self.writer.make_onnx(self.wiring.latents_model, inputs, outputs, self._image)
+        self.writer.keep_apart(config)
         if self.options.cache:
             self.writer.keep_responses(config)
         self._write(config)
@@ -234,6 +237,7 @@ class FamilyBuilder:
         parameters = {**self._client_parameters, **self.wiring.to_parameters(), **options}
         outputs = [*self.outputs, *self.verdicts]
         config = self.writer.make_python(name, [self.input], outputs, parameters, decoupled)
+        self.writer.keep_apart(config)
         self.writer.limit_queue(config)
         self._write(config)
 

@@ -173,6 +173,8 @@ def make_config(config: Any, cuda_graphs: bool) -> Any:
     made.ClearField("optimization")
     if cuda_graphs:
         made.optimization.cuda.graphs = True
+    if made.max_batch_size:
+        made.dynamic_batching.SetInParent()  # a profile serves all sizes; configs for onnxruntime on a GPU may stack nothing
     for name in [name for name in made.parameters if name.endswith("_thread_count")]:
         del made.parameters[name]
     return made
