@@ -32,11 +32,11 @@ SERVING_KEYS: Final = (
 )  # fmt: skip
 FLOOR_KEYS: Final = ("target", "batch", "machine")  # of session settings too
 COST_KEYS: Final = ("peer", "dataset", "attack", "batch", "machine")
-STREAM_KEYS: Final = ("target", "placement", "batch", "machine")
-REPEATS_KEYS: Final = ("target", "repeated", "machine")
-TIMELINE_KEYS: Final = ("target", "placement", "loop", "batch", "machine")
-OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "machine")
-MEMORY_KEYS: Final = ("target", "placement", "loop", "machine")
+STREAM_KEYS: Final = ("target", "placement", "batch", "backend", "machine")
+REPEATS_KEYS: Final = ("target", "repeated", "backend", "machine")
+TIMELINE_KEYS: Final = ("target", "placement", "loop", "batch", "backend", "machine")
+OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "backend", "machine")
+MEMORY_KEYS: Final = ("target", "placement", "loop", "backend", "machine")
 
 Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.

@@ -65,7 +65,8 @@ def test_an_export_is_measured_kept_and_shown(
     monkeypatch.setattr("sys.argv", ["table"])
     table.main()
     page = (tmp_path / "serving.md").read_text()
-    assert page.count("| tiny | shared | fused |") == 2 and "stand-in" in page
+    assert page.count("| tiny | shared | fused |") == 2
+    assert ("## With the stand-in" in page) == (first["backend"] == "stand-in") and "## On a GPU" not in page
     assert (tmp_path / "serving.png").stat().st_size > 1000 and not (tmp_path / "serving_time.png").exists()
     capsys.readouterr()
 

@@ -2,8 +2,9 @@
 # Compile Triton's C++ onnxruntime backend for the server of nvidia-pytriton, which comes without it, into a folder.
 #   usage: get_onnxruntime_backend.sh DIR      then: DIFFENSE_ONNXRUNTIME_BACKEND=DIR diffense serve ...
 # The sources are those of the server's release; the runtime is the one of the installed onnxruntime (or onnxruntime-gpu) wheel.
-# Needs g++, git and RapidJSON's headers (Debian: rapidjson-dev). With CUDA_HOME it is built for GPUs, which needs nvcc.
-#   PYTHON   an interpreter that has onnxruntime            SOURCES  a folder with the four checkouts, to fetch nothing
+# Needs g++, git, curl, RapidJSON's headers (Debian: rapidjson-dev) and GitHub. With CUDA_HOME it is built for GPUs, which needs
+# nvcc and onnxruntime-gpu; the server then needs CUDA's and cuDNN's libraries in LD_LIBRARY_PATH.
+#   PYTHON   an interpreter that has onnxruntime            SOURCES  a folder with the four checkouts, to fetch none
 #   HEADER   onnxruntime_c_api.h of API version 19, likewise
 set -euo pipefail
 
@@ -23,13 +24,17 @@ trap 'rm -rf "$work"' EXIT
 
 echo '#include <rapidjson/document.h>' | g++ -x c++ -fsyntax-only - 2>"$work/log" ||
   fail "$(head -n 1 "$work/log"); on Debian and Ubuntu: apt install g++ rapidjson-dev"
-capi=$("$PYTHON" -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("onnxruntime").origin).parent / "capi")' 2>"$work/log") ||
-  fail "$PYTHON has no onnxruntime: $(tail -n 1 "$work/log")"
-runtime=$(find "$capi" -name 'libonnxruntime.so.*' | head -n 1)
+find_capi='import importlib.util as u, pathlib as p, sys; s = u.find_spec("onnxruntime"); print(p.Path(s.origin).parent / "capi" if s else sys.exit("not installed"))'
+capi=$("$PYTHON" -c "$find_capi" 2>"$work/log") ||
+  fail "$PYTHON has no onnxruntime ($(tail -n 1 "$work/log")); name one that has: PYTHON=.venv/bin/python $0 DIR"
+runtime=$(find "$capi" -name 'libonnxruntime.so.*' 2>/dev/null | head -n 1 || true)
 [ -n "$runtime" ] || fail "the onnxruntime in $capi has no libonnxruntime.so; 1.32 has one"
+[ -z "${CUDA_HOME:-}" ] || [ -f "$capi/libonnxruntime_providers_cuda.so" ] ||
+  fail "CUDA_HOME is set, but the onnxruntime in $capi is not onnxruntime-gpu"
 
 sources=${SOURCES:-$work/sources}
 for part in onnxruntime_backend backend core common; do
+  [ -d "$sources/$part" ] || [ -z "${SOURCES:-}" ] || fail "SOURCES=$SOURCES has no folder $part"
   [ -d "$sources/$part" ] ||
     git clone --quiet --depth 1 --branch "$RELEASE" "$TRITON/$part.git" "$sources/$part" 2>"$work/log" ||
     fail "cannot fetch $part $RELEASE: $(tail -n 1 "$work/log")"
@@ -47,20 +52,28 @@ if [ -n "${CUDA_HOME:-}" ]; then
   flags+=(-DTRITON_ENABLE_GPU=1 -I"$CUDA_HOME/include")
   link+=(-L"$CUDA_HOME/lib64" -lcudart)
   "$CUDA_HOME/bin/nvcc" -O3 -Xcompiler -fPIC -c "$sources/backend/src/kernel.cu" -o "$work/kernel.o" 2>"$work/log" ||
-    fail "nvcc: $(grep -m 1 error "$work/log")"
+    fail "nvcc: $(grep -m 1 error "$work/log" || tail -n 1 "$work/log")"
 fi
+compile() { g++ "${flags[@]}" -c "$1" -o "$work/$(basename "$1" .cc).o" 2>"$work/$(basename "$1").log"; }
+finish() { wait "$1" || fail "g++: $(cat "$work"/*.cc.log | grep -m 1 error || cat "$work"/*.cc.log | tail -n 1)"; }
 # The memory tracker needs CUPTI and is switched off; of `common` the backend's parts use these three files.
-find "$sources/onnxruntime_backend/src" "$sources/backend/src" "$sources/common/src" -maxdepth 1 -name '*.cc' |
-  grep -E '/(onnxruntime|backend)[^/]*/src/|/(async_work_queue|thread_pool|error)\.cc$' | grep -v device_memory_tracker |
-  xargs -P "$(nproc)" -I{} sh -c 'g++ "$@" -c {} -o "$0/$(basename {} .cc).o" || exit 255' "$work" "${flags[@]}" 2>"$work/log" ||
-  fail "g++: $(grep -m 1 error "$work/log")"
+running=()
+for file in "$sources"/onnxruntime_backend/src/*.cc "$sources"/backend/src/*.cc "$sources"/common/src/{async_work_queue,thread_pool,error}.cc; do
+  [ "$(basename "$file")" = device_memory_tracker.cc ] && continue
+  [ ${#running[@]} -lt "$(nproc)" ] || { finish "${running[0]}"; running=("${running[@]:1}"); }
+  compile "$file" &
+  running+=($!)
+done
+for one in "${running[@]}"; do finish "$one"; done
 ln -s "$runtime" "$work/libonnxruntime.so"
 g++ -shared -o "$work/libtriton_onnxruntime.so" "$work"/*.o -L"$work" -lonnxruntime "${link[@]}" -Wl,-rpath,'$ORIGIN' \
   -Wl,--version-script="$sources/onnxruntime_backend/src/libtriton_onnxruntime.ldscript" 2>"$work/log" ||
   fail "g++: $(tail -n 1 "$work/log")"
 
-# The runtime looks for its providers beside itself.
-cp "$runtime" "$folder/libonnxruntime.so.1"
-find "$capi" -name 'libonnxruntime_providers_*.so' -exec cp {} "$folder" \;
-mv "$work/libtriton_onnxruntime.so" "$folder/libtriton_onnxruntime.so"
+# The runtime looks for its providers beside itself. Moved into place, since a server may be using the files that are there.
+cp "$runtime" "$work/libonnxruntime.so.1"
+find "$capi" -name 'libonnxruntime_providers_*.so' -exec cp -t "$work" {} +
+for file in "$work"/libonnxruntime.so.1 "$work"/libonnxruntime_providers_*.so "$work/libtriton_onnxruntime.so"; do
+  mv -f "$file" "$folder/"
+done
 echo "$folder"

@@ -16,7 +16,7 @@ from benchmarks.settings import RESULTS
 
 HEAD: Final = (
     "target", "placement", "loop", "asked", "accelerator", "protocol", "batch", "under way", "shm", "tool", "p50 ms", "guarded",
-    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio",
+    "p99 ms", "guarded", "images/s", "guarded", "p50 ratio", "throughput ratio", "processor",
 )  # fmt: skip
 SHORT: Final = (
     "target", "placement", "loop", "batch 1: p50 ms", "ratio", "throughput ratio", "batch 8: p50 ms", "ratio",
@@ -58,13 +58,15 @@ def render_row(row: Row) -> str:
         *(f"{value:.4g}" for pair in pairs for value in pair),
         f"{row['p50_ratio']:.2f}",
         f"{row['throughput_ratio']:.2f}",
+        row["machine"].split(",")[0],
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def list_commits(rows: list[Row]) -> str:
-    """The machines and commits that rows are of."""
-    return "; ".join(sorted({f"{row['machine']}, commit {row['commit']}" for row in rows}))
+    """The machines, backends and commits that rows are of."""
+    places = {(row["machine"], f"{row['backend']} backend, " if "backend" in row else "", row["commit"]) for row in rows}
+    return "; ".join(f"{machine}, {backend}commit {commit}" for machine, backend, commit in sorted(places))
 
 
 def render_page(rows: list[Row]) -> str:
@@ -75,16 +77,9 @@ def render_page(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.serving.table` from `serving.json`; measured by `python -m benchmarks.serving`.",
         "Weights are random and the guard's network is on, the costlier of the two guards that a user may get.",
         "",
-        *render_part(BACKEND, pick_backend(rows, "C++")),
-        "",
-        "## On a GPU",
-        "",
-        *render_part(BACKEND, [row for row in rows if NO_GPU not in row["machine"]]),
-        "",
-        "## With the stand-in",
-        "",
-        *render_part(STAND_IN, pick_backend(rows, "stand-in")),
-        "",
+        *render_part("On a CPU", BACKEND, pick_backend(rows, "C++")),
+        *render_part("On a GPU", BACKEND, [row for row in rows if NO_GPU not in row["machine"] and row["backend"] == "C++"]),
+        *render_part("With the stand-in", STAND_IN, pick_backend(rows, "stand-in")),
         "## Over the floor",
         "",
         "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
@@ -92,7 +87,7 @@ def render_page(rows: list[Row]) -> str:
         "",
         f"{list_commits(read_rows(FLOOR))}.",
         "",
-        *floor.render_table(read_rows(FLOOR), keep_tool(pick_backend(rows, "C++"))),
+        *floor.render_table(read_rows(FLOOR), keep_tool(keep_backend(rows))),
         "",
         "## Where the time goes",
         "",
@@ -114,18 +109,21 @@ def render_page(rows: list[Row]) -> str:
         "## The stream",
         "",
         "Written by `python -m benchmarks.serving.streaming`: one request under way, the project's own client for both.",
+        f"{list_commits(read_rows(STREAM))}.",
         "",
         *streaming.render_table(read_rows(STREAM)),
         "",
         "## Images seen before",
         "",
         "Written by `python -m benchmarks.serving.repeats`: single images, one under way, a server with a response cache.",
+        f"{list_commits(read_rows(REPEATS))}.",
         "",
         *repeats.render_table(read_rows(REPEATS)),
         "",
         "## Overload",
         "",
         "Written by `python -m benchmarks.serving.overload`: single images, offered at multiples of what 32 clients get.",
+        f"{list_commits(read_rows(OVERLOAD))}.",
         "",
         *overload.render_table(read_rows(OVERLOAD)),
         "",
@@ -143,15 +141,23 @@ def render_table(rows: list[Row]) -> list[str]:
     return ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|", *map(render_row, rows)]
 
 
-def render_part(introduction: str, rows: list[Row]) -> list[str]:
-    """Rows of one backend, and what they are of."""
+def render_part(title: str, introduction: str, rows: list[Row]) -> list[str]:
+    """A section of rows of one backend, and what they are of; nothing without rows."""
+    if not rows:
+        return []
     rounds = ", ".join(sorted({f"{row['rounds']} rounds of {row['seconds']:g} s" for row in rows}))
-    return [introduction, f"{list_commits(rows)}; {rounds}, medians.", "", *render_table(rows)]
+    made = f"{list_commits(rows)}; {rounds}, medians; a ratio is the median of the rounds' ratios."
+    return [f"## {title}", "", introduction, made, "", *render_table(rows), ""]
 
 
 def pick_backend(rows: list[Row], backend: str) -> list[Row]:
     """The rows of a server without a GPU that runs its graphs on that backend."""
     return [row for row in rows if row["backend"] == backend and NO_GPU in row["machine"]]
+
+
+def keep_backend(rows: list[Row]) -> list[Row]:
+    """The rows of the C++ backend on a CPU, those of the stand-in where there are none."""
+    return pick_backend(rows, "C++") or pick_backend(rows, "stand-in")
 
 
 def keep_tool(rows: list[Row]) -> list[Row]:
@@ -165,7 +171,7 @@ def pick_summary(rows: list[Row]) -> list[Row]:
     wanted = [(1, 1), (8, 1)]
     return [
         row
-        for row in keep_tool(pick_backend(rows, "C++"))
+        for row in keep_tool(keep_backend(rows))
         if row["protocol"] == "grpc"
         and not row["shared_memory"]
         and not row["gateway"]

@@ -72,7 +72,7 @@ def command(
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
     threads: Annotated[
         int,
-        typer.Option(min=0, help="Threads of each graph; 0: the runtime chooses, one for the guard's."),
+        typer.Option(min=0, help="Threads of each graph, where the server gives each its own; 0: the runtime chooses."),
     ] = 0,
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait for gateway and stream; more are refused. 0: no limit.")
@@ -82,7 +82,8 @@ def command(
         typer.Option("--cache", help="Let the server keep what the shared graph gave for an image (serve --cache)."),
     ] = False,
     accelerator: Annotated[
-        Accelerator, typer.Option(help="How Triton's onnxruntime backend runs the graphs where it has a GPU.")
+        Accelerator,
+        typer.Option(help="What Triton's onnxruntime backend runs the graphs with on a GPU; cuda: images are not stacked."),
     ] = Accelerator.NONE,
     clean: Annotated[Path | None, typer.Option(help="Clean images for the parity gate; smooth noise without them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and compare everything, install nothing.")] = False,

@@ -50,7 +50,7 @@ def command(
     try:
         with console.status(f"starting Triton on {repository}"):
             endpoints = triton.start(timeout)
-        if triton.files is not None and triton.files.kind == "wheel":
+        if triton.files is not None and triton.files.onnxruntime_backend == "stand-in":
             console.print(
                 f"Triton {triton.files.version} of the nvidia-pytriton wheel; its ONNX backend is a stand-in written "
                 "in Python, so latencies are an upper bound for the container's"
