@@ -72,8 +72,8 @@ def describe(served: Served, scenario: Scenario, tool: str) -> dict[str, Any]:
 
 def is_done(served: Served, scenario: Scenario, tool: str) -> bool:
     """Whether this machine has measured it."""
-    wanted = describe(served, scenario, tool)
-    return any(find_key(row) == find_key(wanted) for row in read_rows(SERVING))
+    wanted = find_key(describe(served, scenario, tool))
+    return any(find_key(row) == wanted for row in read_rows(SERVING))
 
 
 def measure(served: Served, scenarios: Sequence[Scenario], tool: tuple[str, Measure], rounds: int, seconds: float) -> None:

@@ -38,8 +38,7 @@ def prepare_repository(served: Served, images: NDArray[np.uint8], model: str) ->
     """Export a guard of the target into a repository of its own."""
     target, guard = prepare_guard(served.target, images)
     repository = target.parent / f"{served.placement}-{served.loop}-{served.accelerator}"
-    options: dict[str, Any] = {"placement": served.placement, "loop": served.loop, "accelerator": served.accelerator}
-    export_guard(guard, target, repository, model, **options)
+    export_guard(guard, target, repository, model, placement=served.placement, loop=served.loop, accelerator=served.accelerator)
     return repository
 
 

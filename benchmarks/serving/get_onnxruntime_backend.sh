@@ -17,14 +17,18 @@ fail() { echo "get_onnxruntime_backend: $*" >&2; exit 1; }
 
 [ $# -eq 1 ] || fail "usage: $0 DIR"
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "only for Linux on x86-64, this is $(uname -sm)"
-mkdir -p "$1"
+mkdir -p "$1" 2>/dev/null || fail "$1 cannot be made"
 folder=$(cd "$1" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 echo '#include <rapidjson/document.h>' | g++ -x c++ -fsyntax-only - 2>"$work/log" ||
   fail "$(head -n 1 "$work/log"); on Debian and Ubuntu: apt install g++ rapidjson-dev"
-find_capi='import importlib.util as u, pathlib as p, sys; s = u.find_spec("onnxruntime"); print(p.Path(s.origin).parent / "capi" if s else sys.exit("not installed"))'
+find_capi='
+import importlib.util, pathlib, sys
+found = importlib.util.find_spec("onnxruntime") or sys.exit("not installed")
+print(pathlib.Path(found.origin).parent / "capi")
+'
 capi=$("$PYTHON" -c "$find_capi" 2>"$work/log") ||
   fail "$PYTHON has no onnxruntime ($(tail -n 1 "$work/log")); name one that has: PYTHON=.venv/bin/python $0 DIR"
 runtime=$(find "$capi" -name 'libonnxruntime.so.*' 2>/dev/null | head -n 1 || true)
@@ -40,7 +44,9 @@ for part in onnxruntime_backend backend core common; do
     fail "cannot fetch $part $RELEASE: $(tail -n 1 "$work/log")"
 done
 mkdir "$work/include"
-if [ -n "${HEADER:-}" ]; then cp "$HEADER" "$work/include/onnxruntime_c_api.h"; else
+if [ -n "${HEADER:-}" ]; then
+  cp "$HEADER" "$work/include/onnxruntime_c_api.h" 2>/dev/null || fail "HEADER=$HEADER cannot be read"
+else
   curl --fail --silent --show-error --location --output "$work/include/onnxruntime_c_api.h" "$API" 2>"$work/log" ||
     fail "cannot fetch onnxruntime's C header $HEADER_VERSION: $(tail -n 1 "$work/log")"
 fi

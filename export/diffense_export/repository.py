@@ -105,7 +105,8 @@ def export_guard(
             and each of the two runs as three processes then. 0: no limit. The ensemble has none.
         cache: whether the server may keep what the shared graph gave for an input (started with `diffense serve --cache`).
         accelerator: how the onnxruntime backend runs the graphs where there is a GPU: ``cuda`` and ``tensorrt`` keep to
-            float32 where they can, ``none`` leaves it to the backend.
+            float32 where they can, and with ``cuda`` models that take images stack no requests, unless `queue` asks for it;
+            ``none`` leaves it to the backend.
         clean: (N, height, width, channels) uint8 clean images for the parity gate; None for smooth noise.
         dry_run: do everything except the installation.
 
