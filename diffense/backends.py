@@ -3,12 +3,14 @@
 import importlib.metadata
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import diffense
 from diffense.errors import ServeError
 from diffense.templates import STAND_IN, find_templates
 
@@ -61,7 +63,7 @@ def find_server(which: str = "auto") -> ServerFiles:
         ServeError: there is none, or this Python cannot serve with it.
     """
     if which not in ("auto", "wheel"):
-        if not os.access(which, os.X_OK):
+        if not (Path(which).is_file() and os.access(which, os.X_OK)):
             raise ServeError(f"{which} is no program that can be run; give the path of tritonserver, `wheel` or `auto`")
         return _native(Path(which))
     program = shutil.which("tritonserver") if which == "auto" else None
@@ -146,14 +148,31 @@ def assemble_backends(files: ServerFiles, folder: Path) -> list[str]:
     return [f"--backend-directory={folder}", f"--cache-directory={files.distribution / 'caches'}"]
 
 
+def check_package(files: ServerFiles) -> None:
+    """Refuse where the Python models of the wheel's server would import another ``diffense`` than this one, or none.
+
+    The wheel's stub starts an isolated interpreter: it reads site-packages, and neither PYTHONPATH nor the current folder.
+
+    Raises:
+        ServeError: this package is not the one that is installed.
+    """
+    if files.kind != "wheel":
+        return
+    command = [sys.executable, "-I", "-c", "import diffense; print(diffense.__file__)"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    own, installed = Path(diffense.__file__).resolve(), found.stdout.strip()
+    if found.returncode or Path(installed).resolve() != own:
+        raise ServeError(
+            f"Triton's Python models would import {installed or 'no diffense at all'} and not {own}, since they see what is "
+            f"installed for {sys.executable}, whatever PYTHONPATH says; pip install --editable {own.parents[1]}"
+        )
+
+
 def server_environment(files: ServerFiles) -> dict[str, str]:
-    """Environment in which the server's Python models import what this process can import."""
+    """Environment in which the server's Python models run under this interpreter."""
     environment = dict(os.environ)
     # Idle BLAS threads spin on the cores that the classifier needs, and the guard's products are small (docs/decisions/0009).
     environment.setdefault(BLAS_THREADS, "1")
-    package = Path(__file__).resolve().parents[1]
-    if package != Path(sysconfig.get_path("purelib")).resolve():
-        _prepend(environment, "PYTHONPATH", package)
     # The stub takes the first python3 on PATH, and with it that interpreter's site-packages.
     _prepend(environment, "PATH", Path(sys.executable).parent)
     if files.kind == "wheel":

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Literal, Self
 
 from diffense import health
-from diffense.backends import ServerFiles, assemble_backends, find_server, server_environment
+from diffense.backends import ServerFiles, assemble_backends, check_package, find_server, server_environment
 from diffense.errors import ServeError
 from diffense.ports import choose_ports
 from diffense.serverlog import explain_log
@@ -29,6 +29,7 @@ __all__ = ["Endpoints", "ServerFiles", "TritonServer", "find_server"]
 SHELL_SAFE: Final = re.compile(r"[\w/.@+,:=%-]+", re.ASCII)
 POLL_S: Final = 0.1
 KEPT_LINES: Final = 4000
+LAST_LINES_S: Final = 2.0  # that the log's end may take to arrive after the server's
 SHARED_MEMORY: Final = Path("/dev", "shm")
 # The kernel ends the server when this process dies, however it dies; exec keeps that wish, fork does not.
 LAUNCHER: Final = (
@@ -140,7 +141,10 @@ class TritonServer:
                 f"{self.repository}: Triton's Python backend starts its processes through a shell that takes no such path; "
                 "move the repository to one of ASCII letters, digits and / . _ - + @ , : = %"
             )
+        if self.model_control == "none" and not any(entry.is_dir() for entry in self.repository.iterdir()):
+            raise ServeError(f"{self.repository} holds no model; give the model repository that `diffense export` wrote")
         self.files = find_server(self._which)
+        check_package(self.files)
         deadline = time.monotonic() + timeout_s
         try:
             self._launch(self.files)
@@ -170,12 +174,12 @@ class TritonServer:
 
     def explain(self) -> str:
         """Say in one line why the server ended, as far as its log tells."""
-        return explain_log(self._lines) or "the server gives no reason"
+        return self._read_reason() or "the server gives no reason"
 
     def stop(self) -> int:
         """Let running requests finish, end the server and remove what it left; 0 when it ended in order.
 
-        Calling it again, or before ``start``, does nothing.
+        A temporary log stays where the server had ended by itself. Calling it again, or before ``start``, does nothing.
         """
         return self._end(keep_log=False)
 
@@ -191,6 +195,7 @@ class TritonServer:
         backends = assemble_backends(files, Path(self._folder.name) / "backends")
         ports = choose_ports(self.host, self._wanted_ports)
         near = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared, not bound
+        near = f"[{near}]" if ":" in near else near
         self._endpoints = Endpoints(*(f"{near}:{port}" for port in ports))
         services = ("http", "grpc", "metrics")
         command = [
@@ -236,21 +241,30 @@ class TritonServer:
             raise ServeError(f"cannot write the log {self.log}: {error.strerror}") from None
 
     def _copy_log(self, source: BinaryIO, sink: BinaryIO) -> None:
+        writable = True
         for line in source:
             self._lines.append(line.decode(errors="replace").rstrip("\n"))
-            sink.write(line)
-            sink.flush()
+            if writable:
+                try:
+                    sink.write(line)
+                    sink.flush()
+                except (OSError, ValueError):  # a full disk, a closed standard error: the log ends, the server must not
+                    writable = False
         source.close()
         if sink is not sys.stderr.buffer:
-            sink.close()
+            with contextlib.suppress(OSError):
+                sink.close()
+
+    def _read_reason(self) -> str | None:
+        if self._reader is not None:
+            self._reader.join(LAST_LINES_S)
+        return explain_log(list(self._lines))  # a copy: a process that outlives the server may still write
 
     def _wait_ready(self, deadline: float, timeout_s: float) -> None:
         while time.monotonic() < deadline:
             code = self.wait(POLL_S)
             if code is not None:
-                if self._reader is not None:
-                    self._reader.join(2.0)
-                raise ServeError(explain_log(self._lines) or f"the server ended with code {code} before it was ready")
+                raise ServeError(self._read_reason() or f"the server ended with code {code} before it was ready")
             if health.is_ready(self.endpoints.http):
                 return
         raise ServeError(f"the server was not ready within {timeout_s:g} s")
@@ -259,6 +273,7 @@ class TritonServer:
         process, self._process, self._endpoints = self._process, None, None
         code = 0
         if process is not None:
+            keep_log = keep_log or process.poll() is not None
             code = _terminate(process, self.grace_s)
             atexit.unregister(self.stop)
             for left in SHARED_MEMORY.glob(f"{self._prefix}*"):
@@ -269,9 +284,11 @@ class TritonServer:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-        if not keep_log and code == 0 and self._temporary_log is not None:
-            self._temporary_log.unlink(missing_ok=True)
-            self._temporary_log = self.log = None
+        if self._temporary_log is not None:
+            if not keep_log and code == 0:
+                self._temporary_log.unlink(missing_ok=True)
+                self.log = None
+            self._temporary_log = None  # what is kept now, and named in an error, stays
         return code
 
 

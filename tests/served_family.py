@@ -76,16 +76,17 @@ class ServedFamily:
         more = {"clock": clock} if clock else {}
         return backend, GuardService(backend, wiring, self.guard.scorer, Meter(backend, "m"), **more)
 
-    def gateway_service(self, options=None, wiring=WIRING, **models):
-        backend = self.make_backend(**models)
-        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"))
+    def gateway_service(self, options=None, wiring=WIRING, clock=None, **models):
+        backend = self.make_backend(wiring, **models)
+        more = {"clock": clock} if clock else {}
+        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"), **more)
 
     def stream_service(self, wiring=WIRING, **models):
-        backend = self.make_backend(**models)
+        backend = self.make_backend(wiring, **models)
         return backend, StreamService(backend, wiring, Meter(backend, "m"))
 
-    def make_backend(self, **models):
-        _, inner = self.guard_service()
+    def make_backend(self, wiring=WIRING, **models):
+        _, inner = self.guard_service(wiring)
 
         def judge(arrays):
             return inner.answer([Request(arrays, VERDICTS)])[0].arrays()

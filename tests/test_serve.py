@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffense import health
-from diffense.backends import NATIVE_LIBRARY, NATIVE_SETTING, assemble_backends, check_numpy, find_server, server_environment
+from diffense.backends import (
+    NATIVE_LIBRARY,
+    NATIVE_SETTING,
+    assemble_backends,
+    check_numpy,
+    check_package,
+    find_server,
+    server_environment,
+)
 from diffense.errors import ServeError
 from diffense.ports import choose_ports
 from diffense.serve import ONE_POOL, TritonServer
@@ -96,20 +104,42 @@ def test_the_script_that_compiles_the_backend_says_what_is_missing(
 
 
 def test_server_of_a_wrong_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ServeError, match="no program"):
-        find_server(str(tmp_path / "tritonserver"))
+    for path in (tmp_path / "tritonserver", tmp_path):
+        with pytest.raises(ServeError, match="no program"):
+            find_server(str(path))
 
 
 def test_environment_puts_this_python_first_and_keeps_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     environment = server_environment(find_server("wheel"))
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
     assert environment["OPENBLAS_NUM_THREADS"] == "1"
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
     assert server_environment(find_server("wheel"))["OPENBLAS_NUM_THREADS"] == "4"
     assert any("nvidia_pytriton.libs" in part for part in environment["LD_LIBRARY_PATH"].split(os.pathsep))
+
+
+def test_a_package_that_served_models_would_not_import_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_package(find_server("wheel"))
+    monkeypatch.setattr("diffense.__file__", "/elsewhere/diffense/__init__.py")
+    with pytest.raises(ServeError, match=r"and not /elsewhere/diffense/__init__\.py"):
+        check_package(find_server("wheel"))
+
+
+def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("nothing here", encoding="utf-8")
+    with pytest.raises(ServeError, match="holds no model"):
+        TritonServer(tmp_path).start()
+
+
+def test_a_port_wanted_twice_is_refused() -> None:
+    with pytest.raises(ServeError, match=r"port 31999 of 127\.0\.0\.1 is wanted twice"):
+        choose_ports("127.0.0.1", [31_999, 0, 31_999])
+
+
+def test_drawn_ports_differ_from_wanted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffense.ports.FREE_PORTS", range(31_996, 31_999))
+    assert sorted(choose_ports("127.0.0.1", [0, 31_997, 0])) == [31_996, 31_997, 31_998]
 
 
 def test_free_ports_differ_and_lie_below_those_of_outgoing_connections() -> None:
@@ -122,7 +152,7 @@ def test_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=f"port {port} .*in use"):
-            TritonServer(tmp_path, grpc_port=port).start()
+            TritonServer(tmp_path, grpc_port=port, model_control="explicit").start()
 
 
 def test_missing_repository_is_named(tmp_path: Path) -> None:
@@ -312,6 +342,26 @@ def test_command_explains_a_bad_config_without_a_traceback(tmp_path: Path) -> No
     (line,) = [line for line in answer.stderr.splitlines() if line.startswith("diffense:")]
     assert "model broken does not load" in line
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.server
+def test_the_log_that_an_error_names_is_there(tmp_path: Path) -> None:
+    write_plain_model(tmp_path / "repository", "broken", classes=4)
+    options = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "diffense", "serve", str(tmp_path / "repository"), *options]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"TMPDIR": str(tmp_path)})
+    found = re.search(r"\(log: (.*)\)", answer.stderr.replace("\n", ""))
+    assert found is not None
+    assert "failed to load 'broken'" in Path(found.group(1)).read_text()
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    write_plain_model(tmp_path, "plain")
+    with TritonServer(tmp_path, log=Path("/dev/full"), extra=["--log-verbose=1"]) as server:
+        for _ in range(30):  # some hundred kilobytes of log, more than a pipe holds
+            assert server.check() == ["plain"]
 
 
 @pytest.mark.parametrize("name", ["two words", "a;b", "$(touch x)", "caf\u00e9", "a'b"])

@@ -98,6 +98,20 @@ def test_a_production_error_is_the_only_answer_and_tells_nothing_of_the_inside(s
         assert error.message() == "m failed"
 
 
+def test_a_request_that_production_refuses_is_refused_alone(served):
+    def production(arrays):
+        if (arrays["image"] > 50).any():
+            raise TritonError("index out of range", TritonError.INVALID_ARG)
+        return served.production(arrays)
+
+    _, service = served.stream_service(m=production)
+    requests = [served.ask_gateway([0]), served.ask_gateway([], image=served.image[[1]] * 0 + 100), served.ask_gateway([5])]
+    good, bad, other = answer(service, *requests)
+    served.check_arrays(good[1], [0])
+    served.check_arrays(other[1], [5])
+    assert [error.code() for error in bad] == [TritonError.INVALID_ARG]
+
+
 def test_nonsense_of_production_ends_every_request_with_an_error(served):
     _, service = served.stream_service(m=lambda arrays: {"logits": np.float32(0)})
     for (error,) in answer(service, served.ask_gateway([0]), served.ask_gateway([1])):

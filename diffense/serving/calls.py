@@ -120,9 +120,21 @@ def split_rows(array: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
     return np.split(array, np.cumsum(sizes)[:-1])
 
 
-def find_row_errors(latents: NDArray[np.float32]) -> str | None:
-    """Say which images of a request have latents that are no numbers, as NaN, infinite and huge pixels give; else None."""
-    rows = np.flatnonzero(~np.isfinite(latents).all(axis=1))
+def has_numbers(rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """(N,) whether all values of a row are finite."""
+    return np.asarray(np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
+
+
+def find_row_errors(found: NDArray[np.float32], judgeable: NDArray[np.bool_] | None = None) -> str | None:
+    """Say which images of a request have latents that are no numbers, as NaN, infinite and huge pixels give; else None.
+
+    Args:
+        found: (N, W) latents, or the (N, 1) scores of a graph that reads the logits too.
+        judgeable: (N,) with scores, whether the logits are numbers; where they are not, no score says what is wrong, and
+            the row is left without a verdict instead.
+    """
+    broken = ~has_numbers(found)
+    rows = np.flatnonzero(broken if judgeable is None else broken & judgeable)
     if not len(rows):
         return None
     shown = ", ".join(str(row) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")

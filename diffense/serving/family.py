@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from diffense import names
 from diffense.health import REQUEST_ID
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, split_rows
+from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, has_numbers, split_rows
 from diffense.serving.meter import Meter
 from diffense.serving.settings import Wiring
 from diffense.serving.verdicts import VerdictRows
@@ -80,7 +80,7 @@ class Family:
         outputs: Arrays,
         found: Arrays | None,
         sizes: Sequence[int],
-        seconds: float | None = None,
+        seconds: float,
     ) -> list[Verdict]:
         """Ask for the latents, where they are missing, and for the verdicts, within a budget.
 
@@ -90,7 +90,7 @@ class Family:
             outputs: production outputs of these images.
             found: in these images, None where production gave nothing but its outputs.
             sizes: images of each request.
-            seconds: a limit below the budget.
+            seconds: that the clients still wait, a limit below the budget; a verdict that is there already goes out anyway.
 
         Raises:
             OverBudgetError: there is no verdict; its reason is a word for the metrics.
@@ -108,6 +108,8 @@ class Family:
         try:
             if found is not None and self.wiring.direct:
                 return self.read_verdicts(found, sizes)
+            if seconds <= 0:
+                raise OverBudgetError("timeout")
             return budget.run(ask, seconds)
         except OverBudgetError:
             raise
@@ -163,7 +165,11 @@ class Family:
             CallError: the guard failed.
         """
         rows = split_rows(found[self.wiring.judged], sizes)
-        errors = [find_row_errors(piece) for piece in rows]
+        logits = split_rows(outputs[self.wiring.logits], sizes)
+        errors = [
+            find_row_errors(piece, has_numbers(own) if self.wiring.scored else None)
+            for piece, own in zip(rows, logits, strict=True)
+        ]
         good = [place for place, error in enumerate(errors) if error is None]
         verdicts: list[Verdict] = [RefusedError("INVALID_ARG", error or "") for error in errors]
         if not good:

@@ -1,5 +1,6 @@
 """The served gateway: production answers first, the verdict has a time budget, and a policy says what a flag does."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from diffense.serving.verdicts import VerdictRows
 
 @dataclass(frozen=True)
 class Job:
-    """One readable request of a batch; ``seconds`` is the time that its client gives, None for any."""
+    """One readable request of a batch; its client does not wait beyond ``deadline``."""
 
     place: int
     request: Any
     images: NDArray[Any]
-    seconds: float | None
+    deadline: float
 
 
 class GatewayService:
@@ -76,7 +77,7 @@ class GatewayService:
             raise RefusedError("CANCELLED", "the request was cancelled")
         images = read_inputs(request, [self.wiring.input])[self.wiring.input]
         limit = request.timeout()
-        return Job(place, request, images, limit / 1e6 if limit else None)
+        return Job(place, request, images, self.clock() + limit / 1e6 if limit else math.inf)
 
     def _answer_stack(self, jobs: Sequence[Job]) -> list[Any]:
         sizes = [len(job.images) for job in jobs]
@@ -85,6 +86,8 @@ class GatewayService:
             outputs, found = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
         except CallError as error:
+            if error.code == "INVALID_ARG" and len(jobs) > 1:  # one of them is at fault; the others get their answers
+                return [response for job in jobs for response in self._answer_stack([job])]
             self.backend.Logger.log_error(f"production failed: {error}")
             return [refuse(self.backend, RefusedError(error.code, error.public)) for _ in jobs]
         except Exception as error:  # a raised error would end all requests of the batch, its traceback sent to the clients
@@ -96,11 +99,10 @@ class GatewayService:
         return [self._close(job, part, verdict) for job, part, verdict in zip(jobs, parts, verdicts, strict=True)]
 
     def _judge(self, jobs: Sequence[Job], images: NDArray[Any], outputs: Arrays, found: Arrays | None) -> list[Verdict]:
-        limits = [job.seconds for job in jobs if job.seconds is not None]
         sizes = [len(job.images) for job in jobs]
+        left = max(job.deadline for job in jobs) - self.clock()
         try:
-            patience = max(limits) if len(limits) == len(jobs) else None
-            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, patience)
+            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
             self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
             return verdicts
         except OverBudgetError as error:

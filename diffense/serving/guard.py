@@ -18,6 +18,7 @@ from diffense.serving.calls import (
     RefusedError,
     call_model,
     find_row_errors,
+    has_numbers,
     read_inputs,
     refuse,
     respond,
@@ -82,12 +83,12 @@ class GuardService:
             raise RefusedError("CANCELLED", "the request was cancelled")
         inputs = read_inputs(request, [*self._raw, self.wiring.judged])
         latents = inputs[self.wiring.judged]
-        error = find_row_errors(latents)
-        if error:
-            raise RefusedError("INVALID_ARG", error)
         logits = inputs[self._raw_logits]
         if len(logits) != len(latents):
             raise RefusedError("INVALID_ARG", f"{len(latents)} rows of latents for {len(logits)} rows of logits")
+        error = find_row_errors(latents, has_numbers(logits) if self.wiring.scored else None)
+        if error:
+            raise RefusedError("INVALID_ARG", error)
         flat = logits.reshape(len(logits), -1).astype(np.float32, copy=False)
         limit = request.timeout()
         return Job(place, request, inputs, flat, latents, now + limit / 1e6 if limit else math.inf)
@@ -96,7 +97,7 @@ class GuardService:
         logits = np.concatenate([job.logits for job in jobs])
         latents = np.concatenate([job.latents for job in jobs])
         verdicts = VerdictRows.make_unscored(len(latents), "logits")
-        rows = np.flatnonzero(np.isfinite(logits).all(axis=1))
+        rows = np.flatnonzero(has_numbers(logits))
         if not len(rows):
             return verdicts
         try:

@@ -91,6 +91,10 @@ class StreamService:
                 for place, job in enumerate(jobs)
             ]
         except CallError as error:
+            if error.code == "INVALID_ARG" and len(jobs) > 1:  # one of them is at fault; the others get their answers
+                for job in jobs:
+                    self._answer_stack([job])
+                return
             self._refuse_all(jobs, f"production failed: {error}", error.code, error.public)
             return
         except Exception as error:  # a raised error would end all requests of the batch, its traceback sent to the clients
@@ -122,8 +126,6 @@ class StreamService:
             return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
         left = max(job.deadline for job in jobs) - self.clock()
         try:
-            if left <= 0 and not (found is not None and self.wiring.direct):  # a verdict that is there already goes out
-                raise OverBudgetError("timeout")
             verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
             self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
             return verdicts
