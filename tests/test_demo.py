@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,12 +15,14 @@ from diffense.demo import digits
 from diffense.demo.account import Setup, compute_figures
 from diffense.demo.attacks import CROSS_RATIO, POISON_RATE, TARGET_LABEL, Attack, BadNets, WaNet, cubic_weights, warp
 from diffense.demo.digits import Digits, Split, load_split
-from diffense.demo.run import ATTACKS, DemoOptions, choose_attacks, train_all
+from diffense.demo.run import ATTACKS, DemoOptions, choose_attacks, clear_repository, train_all
 from diffense.demo.serving import Latency, Served, check_equal
 from diffense.demo.stages import Stages
 from diffense.demo.training import Classifier, augment, build_onnx, make_classifier, train_classifier
 from diffense.errors import OptionError, ServerError
+from diffense.guard import Guard
 from diffense_client import GuardedPrediction
+from diffense_export.repository import export_guard
 
 BATCHES = arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(28), st.just(28), st.just(1)))
 MADE: list[Callable[[], Attack]] = [BadNets, lambda: WaNet((28, 28), seed=3)]
@@ -211,6 +215,42 @@ def test_a_difference_between_protocols_is_an_error() -> None:
 def test_unknown_attacks_are_refused(attacks: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(OptionError, match="choose from badnets, wanet"):
         choose_attacks(DemoOptions(tmp_path_factory.mktemp("out"), attacks=attacks))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--alpha", 0], "alpha is 0.0, it must lie between 0 and 1"),
+        (["--alpha", 0.0001], "alpha 0.0001 needs"),
+        (["--out", "file"], "--out is file, where no folder can be made"),
+        (["--out", "file/demo"], "--out is file/demo, where no folder can be made"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_training(
+    options: list[Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffense.cli.demo.interrupt_on_signals", lambda: None)
+    monkeypatch.setattr("diffense.demo.run.train_all", lambda *_: pytest.fail("it trains"))
+    (tmp_path / "file").write_text("mine")
+    code, said, told = run_cli("demo", *options)
+    assert (code, said) == (2, "")
+    assert told.startswith(f"diffense: {words}") and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_models_that_a_demonstration_exported_are_cleared(guard: Guard, small_target: Path, tmp_path: Path) -> None:
+    clear_repository(tmp_path / "r")  # before the first export there is none
+    for model in ("digits_wanet", "digits_mine", "other"):
+        export_guard(guard, small_target, tmp_path / "r", model, gateway=False)
+    (tmp_path / "r" / "digits_badnets").mkdir()
+    (tmp_path / "r" / "digits_notes.txt").write_text("mine")
+    clear_repository(tmp_path / "r")
+    left = {path.name for path in (tmp_path / "r").iterdir()}
+    families = {
+        f"{model}{end}" for model in ("digits_mine", "other") for end in ("", "_features", "_denoiser", "_guard", "_guarded")
+    }
+    assert left == families | {"digits_badnets", "digits_notes.txt"}
 
 
 def test_attacks_are_named_as_they_are_asked_for() -> None:

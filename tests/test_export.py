@@ -15,7 +15,6 @@ from diffense.guard import Guard
 from diffense.serving.settings import GatewayOptions
 from diffense.target import Target, hash_target
 from diffense_export.configs import CONFIG_FILE, FRONT_INSTANCES, parse_config, read_family
-from diffense_export.installation import install_models
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export
 from repositories import hash_tree
 
@@ -178,6 +177,18 @@ def test_the_gateways_options_stand_in_its_config(guard, small_target, tmp_path)
     assert GatewayOptions.from_parameters({key: value.string_value for key, value in parameters.items()}) == options
 
 
+def test_options_of_a_gateway_that_is_not_written_are_refused(guard, small_target, tmp_path, run_cli):
+    arguments = ["export", guard.directory, "--target", small_target, "--repository", tmp_path / "r", "--model", "m"]
+    for option in (["--policy", "reject"], ["--closed"], ["--budget-ms", 100]):
+        code, said, told = run_cli(*arguments, "--no-gateway", "--stream", *option)
+        assert (code, said) == (2, "")
+        assert "are for the gateway alone" in told and option[0] in told
+        assert list(tmp_path.iterdir()) == []
+    for gateway, options in ((False, GatewayOptions()), (True, GatewayOptions("reject"))):
+        report = export_guard(guard, small_target, tmp_path / "r", "m", gateway=gateway, gateway_options=options, dry_run=True)
+        assert ("m_gateway" in report.models) == gateway
+
+
 # What stands in the way
 
 
@@ -209,17 +220,6 @@ def test_a_strangers_folder_is_never_touched(guard, small_target, tmp_path, take
     with pytest.raises(ExportError, match=taken):
         export_guard(guard, small_target, tmp_path / "r", "m")
     assert hash_tree(tmp_path) == {f"r/{taken}/config.pbtxt": hashlib.sha256(b'name: "mine"').hexdigest()}
-
-
-def test_an_installation_that_breaks_off_leaves_what_was_there(tmp_path):
-    stage, repository = tmp_path / "stage", tmp_path / "r"
-    for folder, text in ((stage / "a", "new"), (repository / "a", "old"), (repository / "b", "old")):
-        folder.mkdir(parents=True)
-        (folder / "file").write_text(text)
-    before = hash_tree(repository)
-    with pytest.raises(ExportError, match="as it was before"):
-        install_models(stage, repository, ["a", "b"], [])
-    assert hash_tree(repository) == before
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would(guard, small_target, tmp_path):
@@ -305,6 +305,17 @@ def test_the_command_writes_what_the_function_writes(guard, small_target, tmp_pa
     dry = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / "c"), "--dry-run"])
     assert "would write" in dry.output
     assert not any((tmp_path / "c").glob("*"))
+
+
+def test_a_missing_repository_and_a_missing_model_are_told_apart(guard, small_target, tmp_path):
+    with pytest.raises(ExportError, match="nowhere is no folder"):
+        read_export(tmp_path / "nowhere", "m")
+    with pytest.raises(ExportError, match="no export for a model 'm'; `diffense export` writes one"):
+        read_export(tmp_path, "m")
+    for model in ("second", "first"):
+        export_guard(guard, small_target, tmp_path, model)
+    with pytest.raises(ExportError, match=r"no export for a model 'first_guarded'; choose from first, second$"):
+        read_export(tmp_path, "first_guarded")
 
 
 def test_a_damaged_export_manifest_is_refused(guard, small_target, tmp_path):

@@ -201,7 +201,7 @@ def test_without_a_gpu_one_line_says_what_to_run_where(exported, run_cli):
     assert "run --rm plans m" in told
     assert hash_tree(exported) == before
     code, _, told = run_cli("plans", exported, "nobody")
-    assert code == 2 and "no export manifest" in told
+    assert code == 2 and f"no export for a model 'nobody'; choose from {', '.join(sorted(FORMS))}" in told
 
 
 @pytest.mark.gpu

@@ -174,6 +174,9 @@ class AsyncGuardClient:
         region.registered = True  # from here on the server may know it, whatever the answer
         try:
             await self._open.register(region.name, region.byte_size, deadline.remaining())
+        except OverloadedError:  # refused, so the server does not know it, and the next attempt has to tell it
+            region.registered = False
+            raise
         except (BadInputError, ServerError) as error:
             raise explain_refusal(error) from error
 

@@ -11,7 +11,7 @@ from tritonclient.utils import InferenceServerException
 
 from diffense.errors import ClientError, DeadlineError, ServerError
 from diffense_client._core import Answer, Request
-from diffense_client._failures import classify_grpc, classify_stream, describe_failure
+from diffense_client._failures import Deadline, classify_grpc, classify_stream, describe_failure
 
 PROBE_S: Final = 1.0
 DRAIN_S: Final = 10.0  # what a closing client gives streams whose reader has left
@@ -53,10 +53,11 @@ class GrpcTransport:
         self._client.close()
 
     def _call(self, method: str, subject: str, timeout_s: float, *values: Any, **more: Any) -> Any:
+        deadline = Deadline(timeout_s)
         try:
             return getattr(self._client, method)(*values, client_timeout=timeout_s, **more)
         except InferenceServerException as error:
-            reachable = _code(error) != "UNAVAILABLE" or self._is_live(timeout_s)
+            reachable = _code(error) != "UNAVAILABLE" or self._is_live(deadline.remaining())
             raise _explain(error, self._address, subject, reachable=reachable) from error
 
     def _is_live(self, timeout_s: float) -> bool:
@@ -150,10 +151,11 @@ class AsyncGrpcTransport:
             parts.put(error)
 
     async def _call(self, method: str, subject: str, timeout_s: float, *values: Any, **more: Any) -> Any:
+        deadline = Deadline(timeout_s)
         try:
             return await getattr(self._client, method)(*values, client_timeout=timeout_s, **more)
         except InferenceServerException as error:
-            reachable = _code(error) != "UNAVAILABLE" or await self._is_live(timeout_s)
+            reachable = _code(error) != "UNAVAILABLE" or await self._is_live(deadline.remaining())
             raise _explain(error, self._address, subject, reachable=reachable) from error
 
     async def _is_live(self, timeout_s: float) -> bool:

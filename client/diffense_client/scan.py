@@ -53,7 +53,8 @@ def scan_images(client: GuardClient, images: Images, batch_size: int | None = No
     size = batch_size or served.max_batch_size
     for start in range(0, len(images.pixels), size):
         prediction = client.infer(images.pixels[start : start + size], [served.logits])
-        labels = prediction.outputs[served.logits].argmax(axis=1)
+        logits = prediction.outputs[served.logits]
+        labels = logits.reshape(len(logits), -1).argmax(axis=1)  # some classifiers give (N, C, 1, 1)
         verdicts = zip(labels, prediction.score, prediction.p_value, prediction.flagged, strict=True)
         yield [
             ScanRow(index, images.names[index], int(label), _widen(score), _widen(p_value), int(flagged))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffense.clean import count_calibration
 from diffense.demo.account import Setup, Victim, compute_figures, describe_attack, describe_run, write_summary
 from diffense.demo.attacks import TARGET_LABEL, Attack, BadNets, WaNet
 from diffense.demo.digits import SIDE, Digits, load_split
@@ -28,6 +29,7 @@ from diffense.names import VERDICT_TENSORS
 from diffense.report import Figures, write_report
 from diffense.serve import Endpoints, TritonServer
 from diffense.target import Target
+from diffense_export.configs import read_family
 from diffense_export.repository import export_guard
 
 ATTACKS: Final[dict[str, Callable[[int], Attack]]] = {
@@ -82,12 +84,16 @@ def run_demo(options: DemoOptions, stages: Stages) -> Iterator[Demo]:
     """Run the demonstration; the server runs until the context ends.
 
     Raises:
-        OptionError: an attack that does not exist, or none, or a package is missing.
+        OptionError: an attack that does not exist, or none, an alpha that is none, a folder that cannot be written to, or a
+            package is missing.
+        TooFewImagesError: an alpha that the digits are too few for.
         ServeError: the server cannot be started.
         ClientError: an answer is missing, or gRPC and HTTP do not agree.
     """
     attacks = choose_attacks(options)
     out, split = options.out, load_split(options.seed)
+    count_calibration(len(split.clean), options.alpha)  # refuses an alpha now, and not after the training
+    _open_folder(out)
     paths = {attack.key: out / f"{MODEL_PREFIX}{attack.key}.onnx" for attack in attacks}
     with stages.stage(f"training {len(attacks)} backdoored classifiers") as update:
         train_all(split.train, attacks, paths, options.seed, update)
@@ -96,8 +102,7 @@ def run_demo(options: DemoOptions, stages: Stages) -> Iterator[Demo]:
     )
     repository = out / "repository"
     with stages.stage("exporting to a Triton repository"):
-        for old in repository.glob(f"{MODEL_PREFIX}*"):
-            shutil.rmtree(old)
+        clear_repository(repository)
         for victim in victims:
             clean = split.clean.pixels
             export_guard(victim.guard, victim.path, repository, victim.model, placement=PLACEMENT, loop=LOOP, clean=clean)
@@ -153,6 +158,23 @@ def limit_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def clear_repository(repository: Path) -> None:
+    """Take away the models that earlier demonstrations exported, and nobody else's of such a name."""
+    families = {f"{MODEL_PREFIX}{key}" for key in ATTACKS}
+    for old in repository.glob(f"{MODEL_PREFIX}*"):
+        if read_family(old) in families:
+            shutil.rmtree(old)
+
+
+def _open_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--out is {out}, where no folder can be made ({error.strerror}); choose another") from None
+    if not os.access(out, os.W_OK):
+        raise OptionError(f"--out is {out}, a folder that you may not write to; choose another")
 
 
 def _guard_classifier(

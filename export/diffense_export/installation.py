@@ -57,23 +57,41 @@ def install_models(stage: Path, repository: Path, models: Sequence[str], stale: 
     """Move models from the stage into the repository, in order, and take stale ones away.
 
     Raises:
-        ExportError: a folder could not be moved; what stood there before stands there again.
+        ExportError: a folder could not be moved; what stood there before stands there again, or the message says where it lies.
     """
-    attic = stage / "replaced"
-    attic.mkdir()
-    installed: list[str] = []
-    replaced: list[str] = []
+    # Beside the stage and not inside: whatever ends the installation, and however, nobody clears what it still holds.
+    attic = stage.with_name(f"{stage.name}-replaced")
+    staged = _list_names(stage)
     try:
+        attic.mkdir()
         for model in (*models, *stale):
             if (repository / model).exists():
                 (repository / model).rename(attic / model)
-                replaced.append(model)
             if model in models:
                 (stage / model).rename(repository / model)
-                installed.append(model)
-    except OSError as error:
-        for model in installed:
-            shutil.rmtree(repository / model)
-        for model in replaced:
-            (attic / model).rename(repository / model)
-        raise ExportError(f"cannot write to {repository}: {error.strerror}; it is as it was before") from None
+    except BaseException as error:
+        try:
+            # By what lies where, since an interrupt may come between a move and a note of it.
+            for model in staged - _list_names(stage):
+                (repository / model).rename(stage / model)
+            for model in _list_names(attic):
+                (attic / model).rename(repository / model)
+        except BaseException as failure:
+            raise ExportError(
+                f"cannot write to {repository}: {_explain(error)}; putting back what stood there failed too "
+                f"({_explain(failure)}): it lies in {attic}, move the folders there back by hand"
+            ) from None
+        with contextlib.suppress(OSError):
+            attic.rmdir()
+        if isinstance(error, OSError):
+            raise ExportError(f"cannot write to {repository}: {error.strerror}; it is as it was before") from None
+        raise
+    shutil.rmtree(attic, ignore_errors=True)
+
+
+def _list_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _explain(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__

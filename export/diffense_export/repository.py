@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 import diffense
 from diffense import names
-from diffense.errors import ExportError, WrongTargetError
+from diffense.errors import ExportError, OptionError, WrongTargetError
 from diffense.guard import Guard
 from diffense.serving.settings import GatewayOptions, Loop
 from diffense.target import hash_target
@@ -95,7 +95,7 @@ def export_guard(
             graph that makes the latents, ``direct`` the verdict too: there is no guard's model then, and the server's
             metrics count the verdicts of gateway and stream alone.
         gateway: also write the gateway.
-        gateway_options: its policy and budget.
+        gateway_options: its policy and budget; neither ensemble nor stream applies them.
         stream: also write the stream, which gives the production outputs before the verdict is there.
         production: False leaves the model that stands in the repository alone; it must be the guard's target.
         max_batch_size: most images of a request, and of a stack of requests. Classifiers of one fixed batch keep that.
@@ -114,8 +114,12 @@ def export_guard(
         WrongTargetError: the guard belongs to another classifier.
         ParityError: an exported graph differs from its source.
         ExportError: a name, a tensor or a folder stands in the way.
+        OptionError: options of a gateway that is not written.
     """
     _check_name(model)
+    front = gateway_options or GatewayOptions()
+    if not gateway and front != GatewayOptions():
+        raise OptionError("--policy, --budget-ms and --closed are for the gateway alone; leave them or --no-gateway out")
     if max_batch_size < 1:
         raise ExportError(f"max_batch_size is {max_batch_size}; it must be at least 1")
     if hash_target(target) != guard.manifest.target_sha256:
@@ -125,7 +129,7 @@ def export_guard(
         placement,
         loop,
         gateway,
-        gateway_options or GatewayOptions(),
+        front,
         stream,
         production,
         max_batch_size,
@@ -161,9 +165,15 @@ def read_export(repository: Path, model: str) -> ExportManifest:
     """Read what an export wrote about itself.
 
     Raises:
-        ExportError: there is no export for this model, or by another version.
+        ExportError: there is no such repository, no export for this model in it, or one by another version.
     """
+    if not repository.is_dir():
+        raise ExportError(f"{repository} is no folder; give the model repository that `diffense export` wrote to")
     path = repository / (model + names.GUARDED_SUFFIX) / EXPORT_FILE
+    if not path.is_file():
+        found = sorted(file.parent.name.removesuffix(names.GUARDED_SUFFIX) for file in repository.glob(f"*/{EXPORT_FILE}"))
+        hint = f"choose from {', '.join(found)}" if found else "`diffense export` writes one"
+        raise ExportError(f"{repository} holds no export for a model {model!r}; {hint}")
     try:
         return ExportManifest.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
