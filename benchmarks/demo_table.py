@@ -4,21 +4,22 @@ usage: python -m benchmarks.demo_table [runs/demo/summary.json [SEED]]
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.settings import describe_machine
+from benchmarks.settings import describe_run
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
 def record(summary: Path, seed: int) -> None:
-    """Store a run's rows with seed, commit and machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    machine = describe_machine()
-    rows = [row | {"seed": seed, "commit": commit, "machine": machine} for row in json.loads(summary.read_text())]
+    """Store a run's rows with seed, commit, machine and the onnxruntime backend of this machine's server.
+
+    Raises:
+        ServeError: there is no server.
+    """
+    rows = [row | {"seed": seed} | describe_run() for row in json.loads(summary.read_text())]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -37,11 +38,13 @@ def render_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['p50_ms_unguarded']:.1f} → {row['p50_ms_guarded']:.1f} ms |"
         )
     first = rows[0]
+    # Rows of before a backend was recorded are of the stand-in, which was the only one then.
+    by = "the Python stand-in" if first.get("backend", "stand-in") == "stand-in" else f"Triton's own {first['backend']} code"
     lines.append("")
     lines.append(
         f"{first['dataset']}; seed {first['seed']}, commit {first['commit']}, {first['machine']}; Triton "
         f"{first['server_version']}, placement {first['placement']}, loop {first['loop']}, one image a request, onnxruntime "
-        "backend by the Python stand-in."
+        f"backend by {by}."
     )
     return "\n".join(lines)
 

@@ -20,12 +20,14 @@ from benchmarks.metrics import BINS, FALSE_ALARMS
 from benchmarks.records import ABLATION, DETECTION, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
 from benchmarks.tables import is_cell
+from diffense.fit import FitSettings
 
 CLEAN: Final = "#3b6ea5"
 TRIGGERED: Final = "#c8553d"
 COLOURS: Final = dict(zip(MATRIX, ("#3b6ea5", "#c8553d", "#4a8c5f", "#8a5fa8", "#b58900"), strict=True))
 LEAST_RATE: Final = 5e-4  # where the logarithmic axis starts; no false alarm at all is drawn there
 PANEL: Final = 2.3  # inches
+DEFAULTS: Final = FitSettings()
 
 
 def draw_rocs(rows: list[Row]) -> Figure | None:
@@ -72,18 +74,34 @@ def draw_histograms(rows: list[Row]) -> Figure | None:
 
 
 def draw_images(rows: list[Row]) -> Figure | None:
-    """AUROC against clean images a class."""
-    found = [row for row in rows if row["clean_per_class"] and row["guard_seed"] == 0]
+    """AUROC against clean images a class, mean and range over guard seeds; a line joins rows of one target alone."""
+    few = {(row["dataset"], row["attack"]) for row in rows if row["clean_per_class"]}
+    found = [row for row in rows if (row["dataset"], row["attack"]) in few]
     if not found:
         return None
-    figure, panels = make_panels(1, 1)
-    for key in sorted({(row["dataset"], row["attack"]) for row in found}):
-        line = sorted((row["clean_per_class"], row["auroc"]) for row in found if (row["dataset"], row["attack"]) == key)
-        label = f"{SPECS[key[0]].title}, {ATTACKS[key[1]].title}"
-        panels[0][0].plot(*zip(*line, strict=True), marker="o", markersize=3, label=label)
-    panels[0][0].set(xscale="log", xlabel="clean images a class", ylabel="AUROC")
-    panels[0][0].legend(fontsize=6)
+    counts = sorted({row["clean_per_class"] for row in found if row["clean_per_class"]})
+    figure, panels = make_panels(1, 1, height=3.0)
+    for key, points in gather_images(found).items():
+        places = [len(counts) if count is None else counts.index(count) for count in points]
+        centre = [mean(figures) for figures in points.values()]
+        below = [middle - min(figures) for middle, figures in zip(centre, points.values(), strict=True)]
+        above = [max(figures) - middle for middle, figures in zip(centre, points.values(), strict=True)]
+        label = f"{SPECS[key[0]].title}, {ATTACKS[key[1]].title}, target of {key[3]:.1%}"
+        panels[0][0].errorbar(places, centre, (below, above), marker="o", markersize=3, capsize=3, label=label)
+    panels[0][0].set_xticks(range(len(counts) + 1), [*map(str, counts), "all"])
+    panels[0][0].set(xlim=(-0.4, len(counts) + 0.4), xlabel="clean images a class", ylabel="AUROC")
+    figure.legend(fontsize=6, loc="outside lower center", ncols=1)
     return figure
+
+
+def gather_images(rows: list[Row]) -> dict[tuple[str, str, str, float], dict[int | None, list[float]]]:
+    """AUROC of each guard seed by clean images a class (None: all), for each data set, attack, target and its accuracy."""
+    order = sorted(rows, key=lambda row: (row["dataset"], row["attack"], row["clean_per_class"] or float("inf")))
+    found: dict[tuple[str, str, str, float], dict[int | None, list[float]]] = {}
+    for row in order:
+        key = (row["dataset"], row["attack"], row["target_sha256"], row["clean_accuracy"])
+        found.setdefault(key, {}).setdefault(row["clean_per_class"], []).append(row["auroc"])
+    return found
 
 
 def draw_settings(rows: list[Row]) -> Figure | None:
@@ -93,29 +111,40 @@ def draw_settings(rows: list[Row]) -> Figure | None:
         return None
     figure, panels = make_panels(1, len(groups))
     for panel, (title, read) in zip(panels[0], groups, strict=True):
-        for key in sorted({(row["dataset"], row["attack"]) for row in rows}):
-            points: dict[float, list[float]] = {}
-            for row in rows:
-                place = read(row["variant"])
-                if place is not None and (row["dataset"], row["attack"]) == key:
-                    points.setdefault(place, []).append(row["auroc"])
-            line = sorted((place, mean(figures)) for place, figures in points.items())
-            if line:
-                label = f"{SPECS[key[0]].title}, {ATTACKS[key[1]].title}"
-                panel.plot(*zip(*line, strict=True), marker="o", markersize=3, label=label)
+        lines = gather_lines(rows, read)
+        for (name, attack, seed), line in lines.items():
+            label = f"{SPECS[name].title}, {ATTACKS[attack].title}" + (f", target seed {seed}" if seed else "")
+            panel.plot(*zip(*line, strict=True), marker="o", markersize=3, label=label)
+        places = sorted({place for line in lines.values() for place, _ in line})
         panel.set(xscale="log", xlabel=title, ylabel="AUROC")
-    panels[0][-1].legend(fontsize=5)
+        panel.set_xticks(places, [f"{place:g}" for place in places])
+        panel.minorticks_off()  # their labels overlap those of the places that were measured
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=6)
     return figure
 
 
+def gather_lines(rows: list[Row], read: Callable[[str], float | None]) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
+    """Places and mean AUROC over guard seeds, for each data set, attack and target seed."""
+    points: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    for row in rows:
+        place = read(row["variant"])
+        if place is not None:
+            key = (row["dataset"], row["attack"], row["seed"])
+            points.setdefault(key, {}).setdefault(place, []).append(row["auroc"])
+    return {key: sorted((place, mean(found)) for place, found in points[key].items()) for key in sorted(points)}
+
+
 def read_level(variant: str) -> float | None:
-    """``level 0.3`` -> 0.3; the default is level 2."""
-    return 2.0 if variant == "default" else _read_number(variant, "level ", "")
+    """``level 0.3`` -> 0.3; the default's is that of `FitSettings`, None where it has several."""
+    if variant != "default":
+        return _read_number(variant, "level ", "")
+    level = DEFAULTS.sigmas[0] if len(DEFAULTS.sigmas) == 1 else None
+    return level if isinstance(level, float) else None
 
 
 def read_steps(variant: str) -> float | None:
-    """``10 steps`` -> 10; the default is one step."""
-    return 1.0 if variant == "default" else _read_number(variant, "", " steps")
+    """``10 steps`` -> 10; the default's are those of `FitSettings`."""
+    return float(DEFAULTS.steps) if variant == "default" else _read_number(variant, "", " steps")
 
 
 def _read_number(text: str, before: str, after: str) -> float | None:
@@ -157,7 +186,7 @@ def draw_all() -> list[Path]:
     figures = {
         "roc.png": draw_rocs(rows),
         "scores.png": draw_histograms(rows),
-        "clean_images.png": draw_images(variants),
+        "clean_images.png": draw_images([*variants, *rows]),
         "settings.png": draw_settings(ablation),
     }
     written = []

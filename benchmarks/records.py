@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,12 +79,18 @@ def write_detection(row: Row) -> None:
 
     Peers that the new row lacks are kept where the target is the same; each names the commit it was measured at.
     """
-    path = choose_file(row)
-    old = next((r for r in read_rows(path) if find_key(r) == find_key(row)), None)
-    if old is not None:
-        same = old.get("target_sha256") == row["target_sha256"]  # older rows have no hash
-        row = row | {"peers": (old["peers"] if same else {}) | row["peers"]}
-    write_row(row, path)
+    write_row(row, choose_file(row), keep_peers)
+
+
+def keep_peers(old: Row, new: Row) -> Row:
+    """The new row, with the old one's peers that it lacks where the target is the same; older rows have no hash."""
+    same = old.get("target_sha256") == new["target_sha256"]
+    return new | {"peers": (old["peers"] if same else {}) | new["peers"]}
+
+
+def take_new(old: Row, new: Row) -> Row:
+    """Keep nothing of the old row."""
+    return new
 
 
 def choose_keys(row: Row) -> tuple[str, ...]:
@@ -96,12 +103,24 @@ def find_key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in (*choose_keys(row), *MORE_KEYS))
 
 
-def write_row(row: Row, path: Path) -> None:
-    """Put a row in a file in place of the one with the same key, all or nothing; two runs at once lose none."""
+def write_row(row: Row, path: Path, merge: Callable[[Row, Row], Row] = take_new) -> None:
+    """Put a row in a file in place of the one with the same key, all or nothing; two runs at once lose none.
+
+    Args:
+        row: the new one.
+        path: the file.
+        merge: (old, new) -> what is written where there is an old one; both are of the same moment, under the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = [r for r in read_rows(path) if find_key(r) != find_key(row)] + [row]
+        rows = []
+        for old in read_rows(path):
+            if find_key(old) == find_key(row):
+                row = merge(old, row)
+            else:
+                rows.append(old)
+        rows.append(row)
         rows.sort(key=lambda r: tuple(str(value) for value in find_key(r)))
         handle, work = tempfile.mkstemp(dir=path.parent, suffix=".partial")
         with os.fdopen(handle, "w") as file:

@@ -5,6 +5,7 @@ usage: python -m benchmarks.tables [--summary]    (--summary prints the README's
 
 import sys
 from collections.abc import Iterable
+from statistics import mean
 from typing import Final
 
 from benchmarks.attacks import ATTACKS, MATRIX
@@ -16,6 +17,11 @@ from benchmarks.settings import RESULTS
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
 LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
+# Commits of which rows are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
+FOUR_DRAWS: Final = (
+    "0caaddc", "1b30f5f", "2165ba5", "7070524", "8b3f102", "9fa3ad1", "a41cad6", "b6940aa", "f07a700", "f76da34", "f99c974",
+)  # fmt: skip
+SUMMED_UP: Final = (CLOSED_FORM, "latent_all_doubt")  # named beside the guard below the README's table
 
 
 def sort_rows(rows: list[Row]) -> list[Row]:
@@ -151,20 +157,28 @@ def render_costs(rows: list[Row]) -> list[str]:
     return lines
 
 
-def render_variants(rows: list[Row]) -> list[str]:
-    """Fewer clean images, other seeds of the guard, further targets."""
+def render_variants(rows: list[Row], cells: list[Row]) -> list[str]:
+    """Fewer clean images, other seeds of the guard, further targets; whether the target is that of the cell above."""
+    of_cell = {find_network(cell): cell["target_sha256"] for cell in cells}
     lines = [
-        "| cell | clean images a class | guard seed | AUROC | TPR at 5 % | FPR at 5 % | network |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| cell | target's accuracy / ASR | clean images a class | guard seed | AUROC | TPR at 5 % | FPR at 5 % | network |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         images = row["clean_per_class"] or "all"
         network = "on" if row["network"]["used"] else "off"
+        another = "" if of_cell.get(find_network(row)) == row["target_sha256"] else ", another"
         lines.append(
-            f"| {name_cell(row)} | {images} | {row['guard_seed']} | {show(row['auroc'])} | {show(row['tpr_at_fpr5'], '.3f')} "
-            f"| {show(row['fpr_at_5'])} | {network} |"
+            f"| {name_cell(row)} | {show(row['clean_accuracy'])} / {show(row['asr_before'], '.3f')}{another} | {images} "
+            f"| {row['guard_seed']} | {show(row['auroc'])} | {show(row['tpr_at_fpr5'], '.3f')} | {show(row['fpr_at_5'])} "
+            f"| {network} |"
         )
     return lines
+
+
+def find_network(row: Row) -> tuple[str, str, str, int]:
+    """What tells trainings apart, but for a second one of the same seed."""
+    return row["dataset"], row["attack"], row["target"], row["seed"]
 
 
 def render_beside(title: str, rows: list[Row]) -> list[str]:
@@ -182,7 +196,11 @@ def render_shifts(rows: list[Row]) -> list[str]:
         name = f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}"
         figures = f"{show(row['accuracy'])} | {show(row['fpr_at_1'])} / {show(row['fpr_at_5'])}"
         lines.append(f"| {name} | {row['shift']} | {figures} |")
-    return ["", "## Clean images that shift", "", "Thresholds stay as they were calibrated.", "", *lines] if rows else []
+    return (
+        ["", "## Clean images that shift", "", describe_runs(rows), "", "Thresholds stay as they were calibrated.", "", *lines]
+        if rows
+        else []
+    )
 
 
 def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
@@ -191,6 +209,12 @@ def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
     return f"Target seed {seeds}, guard seed {guard_seeds}, commit {commits}, {machines}."
+
+
+def describe_draws(rows: list[Row]) -> str:
+    """How many draws a level the guards of the rows have."""
+    two = ", ".join(sorted(name_cell(row) for row in rows if row["commit"].rstrip("+") not in FOUR_DRAWS))
+    return "Guards have four draws a level" + (f"; two: {two}" if two else "") + " (docs/decisions/0028)."
 
 
 def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
@@ -202,17 +226,22 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         "Written by `python -m benchmarks.tables` from `detection.json`. " + describe_runs(poisoned),
         "",
+        describe_draws(poisoned),
+        "",
         f"{len({(r['dataset'], r['attack']) for r in poisoned})} of {cells} cells are recorded. "
         "AUROC: all clean evaluation images, misclassified ones too, against the triggered images that reach the attacker's "
         "label; in brackets without the misclassified ones. ASR after: triggered images that reach the label and are not "
         "flagged, over all triggered images; crossed: accuracy under "
-        "triggers that must not work; thresholds are set on calibration images, the FPR beside them is what they gave.",
+        "triggers that must not work; thresholds are set on calibration images, the FPR beside them is what they gave. "
+        f"Weak attack: less than {LEAST_SUCCESS:.0%} ASR (HTBA has what it has); weak target: an accuracy below its aim ("
+        + ", ".join(f"{SPECS[name].title} {least:.0%}" for name, least in LEAST_ACCURACY.items())
+        + "). What stands behind the figures: docs/detection.md.",
         "",
         *render_matrix(poisoned),
         "",
         "## Peers: AUROC",
         "",
-        "Same targets, images and calibration split. `latent_all` joins every rival without a network on the guard's taps, "
+        "Same targets, images and calibration split. `latent_all` joins every peer without a network on the guard's taps, "
         "bands and rule; `latent_all_doubt` excuses doubt as the guard does. `msp` flags low confidence.",
         "",
         *render_peers(poisoned, "auroc"),
@@ -235,7 +264,19 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
-        parts += ["", "## Fewer clean images, other guard seeds, targets trained again", "", *render_variants(variants)]
+        seeds = ", ".join(sorted({str(row["guard_seed"]) for row in variants}))
+        parts += [
+            "",
+            "## Fewer clean images, other guard seeds, targets trained again",
+            "",
+            describe_runs(variants, seeds),
+            "",
+            "`another`: a target trained again under the same seed, not that of the cell above (no two trainings on a GPU, or "
+            "on other processors, give the same weights). Such rows compare among themselves; they are no further seeds of "
+            "the cell.",
+            "",
+            *render_variants(variants, rows),
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -243,7 +284,7 @@ def render_summary(rows: list[Row]) -> str:
     """The README's table: each cell with the guard's closed form and the best peer, worst first."""
     poisoned = [row for row in rows if is_cell(row)]
     lines = [
-        "| cell | ASR before → after (5 % FPR) | AUROC | TPR at 1 % FPR | AUROC, network off | best peer (AUROC) |",
+        "| cell | ASR before → after (5 % FPR) | AUROC | TPR at 1 % FPR | AUROC, closed form | best peer (AUROC) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in sort_rows(poisoned):
@@ -257,7 +298,17 @@ def render_summary(rows: list[Row]) -> str:
             f"| {show(row['auroc'])} | {show(row['tpr_at_fpr1'], '.3f')} | {show(closed)} "
             f"| {'–' if best is None else f'{best} ({figures[best]:.4f})'} |"
         )
-    return "\n".join([*lines, "", describe_runs(poisoned)])
+    return "\n".join([*lines, "", sum_up(poisoned), "", describe_runs(poisoned)])
+
+
+def sum_up(rows: list[Row]) -> str:
+    """Mean and worst AUROC of the guard, its closed form and the strongest peer, over the cells with figures."""
+    rows = [row for row in rows if row["auroc"] is not None]
+    found = {"Diffense": [float(row["auroc"]) for row in rows]}
+    for name in SUMMED_UP:
+        found[name] = [figure for row in rows if (figure := find_figure(row, name, "auroc")) is not None]
+    said = "; ".join(f"{name} {mean(own):.5f}, {min(own):.4f}" for name, own in found.items() if own)
+    return f"AUROC, mean and worst of the {len(rows)} cells with figures: {said}."
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench_world import SPEC, make_split
-from benchmarks import datasets, matrix, records, shift, tables, targets
+from benchmarks import datasets, demo_table, matrix, records, shift, tables, targets
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
@@ -183,6 +183,49 @@ def test_runs_that_write_at_the_same_time_lose_no_row(tmp_path):
     assert len(records.read_rows(path)) == 40
 
 
+def test_runs_that_measure_other_peers_of_a_cell_at_the_same_time_lose_none(bench):
+    row = dict.fromkeys(records.KEYS, "x") | {"guard_seed": 0, "clean_per_class": None, "target_sha256": "a"}
+
+    def write(peer):
+        records.write_detection(row | {"peers": {str(peer): {"auroc": 0.5}}})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    (stored,) = records.read_rows(records.DETECTION)
+    assert set(stored["peers"]) == {str(peer) for peer in range(40)}
+
+
+def make_row(**changes):
+    row = {
+        "dataset": "cifar10", "attack": "wanet", "target": "staged_resnet", "seed": 0, "guard_seed": 0, "clean_per_class": None,
+        "target_sha256": "a", "clean_accuracy": 0.92, "asr_before": 0.98, "auroc": 0.99, "tpr_at_fpr5": 0.9, "fpr_at_5": 0.05,
+        "network": {"used": True}, "commit": "b6940aa", "machine": "m", "peers": {},
+    }  # fmt: skip
+    return row | changes
+
+
+def test_rows_of_another_target_are_not_shown_as_seeds_of_the_cell():
+    few = make_row(clean_per_class=5, guard_seed=1)
+    lines = tables.render_variants([few, few | {"target_sha256": "b", "clean_accuracy": 0.9192}], [make_row()])[2:]
+    assert lines[0].startswith("| CIFAR-10, WaNet | 0.9200 / 0.980 | 5 | 1 | 0.9900 |")
+    assert lines[1].startswith("| CIFAR-10, WaNet | 0.9192 / 0.980, another | 5 | 1 |")
+
+
+def test_the_page_tells_which_guards_have_two_draws():
+    rows = [make_row(), make_row(attack="idba", commit="99c04b0+"), make_row(attack="issba", commit="2165ba5+")]
+    assert tables.describe_draws(rows) == "Guards have four draws a level; two: CIFAR-10, IDBA (docs/decisions/0028)."
+    assert tables.describe_draws(rows[:1]) == "Guards have four draws a level (docs/decisions/0028)."
+
+
+def test_the_summary_tells_mean_and_worst_of_guard_closed_form_and_strongest_peer():
+    peers = {"latent_all_doubt": {"auroc": 0.95}, "closed_form": {"auroc": 0.98}}
+    rows = [make_row(peers=peers), make_row(auroc=0.97, peers={}), make_row(auroc=None)]
+    assert tables.sum_up(rows) == (
+        "AUROC, mean and worst of the 2 cells with figures: Diffense 0.98000, 0.9700; closed_form 0.97500, 0.9700; "
+        "latent_all_doubt 0.95000, 0.9500."
+    )
+
+
 def test_committed_results_have_the_keys_that_readers_expect():
     for row in records.read_rows(records.DETECTION):
         assert {"stand_in", "clean_accuracy", "asr_before", "asr_after_fpr1", "asr_after_fpr5", "auroc"} <= set(row)
@@ -198,3 +241,16 @@ def test_committed_results_have_the_keys_that_readers_expect():
         } <= set(row)
         assert len(row["target_sha256"]) == 64
         json.dumps(row, allow_nan=False)
+
+
+def test_the_demonstrations_table_names_the_backend_that_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_table, "RESULTS", tmp_path / "demo.json")
+    monkeypatch.setattr(demo_table, "describe_run", lambda: {"machine": "m", "backend": "C++", "commit": "c"})
+    old = json.loads((Path(demo_table.__file__).parent / "results" / "demo.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(old))
+    demo_table.record(tmp_path / "summary.json", 3)
+    stored = json.loads((tmp_path / "demo.json").read_text())
+    assert [(row["seed"], row["machine"], row["backend"], row["commit"]) for row in stored] == [(3, "m", "C++", "c")] * 2
+    assert demo_table.render_table(stored).endswith("onnxruntime backend by Triton's own C++ code.")
+    unrecorded = [{key: value for key, value in row.items() if key != "backend"} for row in stored]
+    assert demo_table.render_table(unrecorded).endswith("onnxruntime backend by the Python stand-in.")

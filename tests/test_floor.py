@@ -77,16 +77,21 @@ def test_cleared_inputs_rank_below_all_others_in_their_own_order(guard, clean_im
 def test_the_tables_divide_by_what_stands_beside():
     times = {"production": 10.0, "shared bls": 12.0, "scoring bls": 1.0, "shared whole": 11.0}
     work = {"production": 1e9, "shared": 1.1e9}
+    moved = {"production": 2e8, "shared": 2.1e8}
     served = {
         "target": "t", "placement": "shared", "loop": "bls", "batch": 1, "protocol": "grpc", "concurrency": 1,
-        "shared_memory": False, "gateway": False, "model": "m", "guarded": {"p50_ms": 18.0},
+        "shared_memory": False, "gateway": False, "model": "m", "machine": "a", "guarded": {"p50_ms": 18.0},
         "time_ms": {"m_guard": {"compute_infer": 1.5}},
     }  # fmt: skip
-    floors = [{"target": "t", "batch": 1, "ms": times, "flops": work}]
+    floors = [
+        {"target": "t", "batch": 1, "ms": times, "flops": work, "bytes": moved, "machine": "a"},
+        {"target": "t", "batch": 1, "ms": dict.fromkeys(times, 1.0), "flops": work, "bytes": moved, "machine": "b"},
+        {"target": "t", "batch": 2, "ms": times, "flops": work, "bytes": moved, "machine": "b"},
+    ]
     lines = floor.render_table(floors, [served, {**served, "concurrency": 4}, {**served, "batch": 2}])
-    assert lines[2:] == ["| t | shared | bls | 1 | 1.1 | 1.100 | 10 | 12 | 1.20 | 18 | 1.50 | 1.5 | 1.50 |"]
+    assert lines[2:] == ["| t | shared | bls | 1 | 1.1 | 1.100 | 210 | 1.050 | 10 | 12 | 1.20 | 18 | 1.50 | 1.5 | 1.50 |"]
     (whole,) = floor.render_table(floors, [{**served, "loop": "whole"}])[2:]
-    assert whole == "| t | shared | whole | 1 | 1.1 | 1.100 | 10 | 11 | 1.10 | 18 | 1.64 | 1.5 | – |"
+    assert whole == "| t | shared | whole | 1 | 1.1 | 1.100 | 210 | 1.050 | 10 | 11 | 1.10 | 18 | 1.64 | 1.5 | – |"
     row = {"dataset": "d", "attack": "a", "peer": "strip", "forwards": 64.0, "ms": 20.0, "forward_ms": 0.4}
     dear, cheap = row, {**row, "peer": "guard", "ms": 0.1}
     lines = peers_cost.render_table([dear, cheap])

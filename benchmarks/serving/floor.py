@@ -35,8 +35,9 @@ from diffense_export.whole import build_features, build_whole
 BATCHES: Final = (1, 8, 32)
 COUNTED: Final[tuple[str, ...]] = ("production", "tapped", "features", "denoiser")
 HEAD: Final = (
-    "target", "placement", "loop", "batch", "guarded GFLOP", "of production", "production, one process, ms", "guarded",
-    "of production", "served p50, ms", "of one process", "guard's model, ms", "of its scoring in one process",
+    "target", "placement", "loop", "batch", "guarded GFLOP", "of production", "guarded MB", "of production",
+    "production, one process, ms", "guarded", "of production", "served p50, ms", "of one process", "guard's model, ms",
+    "of its scoring in one process",
 )  # fmt: skip
 Run = Callable[[], Any]
 
@@ -179,19 +180,25 @@ def time_in_turns(forms: dict[str, Run], rounds: int) -> dict[str, float]:
 
 def render_table(floors: Sequence[Row], served: Sequence[Row]) -> list[str]:
     """Markdown: what was served, one gRPC request under way, over the same graphs in one process."""
-    by_key = {(row["target"], row["batch"]): row for row in floors}
     lines = ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
+    return lines + [render_row(row, floor) for row, floor in match_rows(floors, served)]
+
+
+def match_rows(floors: Sequence[Row], served: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """What was served, one gRPC request under way, each with its floor on the same machine; rows without one are left out."""
+    by_key = {(row["target"], row["batch"], row["machine"]): row for row in floors}
+    pairs = []
     for row in served:
-        floor = by_key.get((row["target"], row["batch"]))
+        floor = by_key.get((row["target"], row["batch"], row["machine"]))
         plain = (row["protocol"], row["concurrency"], row["shared_memory"], row["gateway"]) == ("grpc", 1, False, False)
         if floor and plain:
-            lines.append(render_row(row, floor))
-    return lines
+            pairs.append((row, floor))
+    return pairs
 
 
 def render_row(row: Row, floor: Row) -> str:
     """One line."""
-    work, times = floor["flops"], floor["ms"]
+    work, moved, times = floor["flops"], floor["bytes"], floor["ms"]
     guarded = times[f"{row['placement']} {row['loop']}"]
     own = row["time_ms"].get(f"{row['model']}{GUARD_SUFFIX}", {}).get("compute_infer")
     scoring = times.get(f"scoring {row['loop']}")
@@ -202,6 +209,8 @@ def render_row(row: Row, floor: Row) -> str:
         str(row["batch"]),
         f"{work[row['placement']] / 1e9:.3g}",
         f"{work[row['placement']] / work['production']:.3f}",
+        f"{moved[row['placement']] / 1e6:.3g}",
+        f"{moved[row['placement']] / moved['production']:.3f}",
         f"{times['production']:.4g}",
         f"{guarded:.4g}",
         f"{guarded / times['production']:.2f}",

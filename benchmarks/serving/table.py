@@ -36,7 +36,7 @@ BACKEND: Final = (
 )
 STAND_IN: Final = (
     "The same server with its stand-in for that backend, written in Python, one process a model, as `diffense serve` runs it "
-    "where none is compiled: an upper bound."
+    "where none is compiled: dearer than the C++ backend in most rows, not in all."
 )
 NO_GPU: Final = "no GPU"
 
@@ -71,11 +71,14 @@ def list_commits(rows: list[Row]) -> str:
 
 def render_page(rows: list[Row]) -> str:
     """The whole page."""
+    served, floors = keep_tool(keep_backend(rows)), read_rows(FLOOR)
     lines = [
         "# Serving: guarded beside unguarded",
         "",
         "Written by `python -m benchmarks.serving.table` from `serving.json`; measured by `python -m benchmarks.serving`.",
-        "Weights are random and the guard's network is on, the costlier of the two guards that a user may get.",
+        "Weights are random and the guard's network is on, the costlier of the two guards that a user may get. On a CPU with",
+        "`--seconds 3` and `--perf-analyzer`, the backend chosen by `DIFFENSE_ONNXRUNTIME_BACKEND`, rows of the gateway with",
+        "`--gateway`; on a GPU with `--accelerator cuda --rounds 2 --seconds 1.5` (one of its exports with `none`).",
         "",
         *render_part("On a CPU", BACKEND, pick_backend(rows, "C++")),
         *render_part("On a GPU", BACKEND, [row for row in rows if NO_GPU not in row["machine"] and row["backend"] == "C++"]),
@@ -84,10 +87,11 @@ def render_page(rows: list[Row]) -> str:
         "",
         "Written by `python -m benchmarks.serving.floor`: the same graphs, one after the other in one onnxruntime process. The",
         "scoring of `whole` and `direct` is inside another graph: a guard has nothing to be compared with, or there is none.",
+        "MB: all weights read once, all activations written once, before any fusion. A row's floor is of its own machine.",
         "",
-        f"{list_commits(read_rows(FLOOR))}.",
+        f"{list_commits([row for _, row in floor.match_rows(floors, served)])}.",
         "",
-        *floor.render_table(read_rows(FLOOR), keep_tool(keep_backend(rows))),
+        *floor.render_table(floors, served),
         "",
         "## Where the time goes",
         "",
@@ -99,10 +103,10 @@ def render_page(rows: list[Row]) -> str:
         "",
         *timeline.render_table(read_rows(TIMELINE)),
         "",
-        "## What the rivals cost",
+        "## What the peers cost",
         "",
         "Written by `python -m benchmarks.serving.peers_cost`: batches of 8, the guard in onnxruntime (shared placement), the",
-        "rivals on torch, each divided by a prediction of its own runtime; what the prediction itself gives is not counted.",
+        "peers on torch, each divided by a prediction of its own runtime; what the prediction itself gives is not counted.",
         "",
         *peers_cost.render_table(read_rows(PEERS_COST)),
         "",

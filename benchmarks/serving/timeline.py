@@ -42,7 +42,8 @@ ROLES: Final = {
     TAPPED_SUFFIX: "production",  # whose outputs that graph gives, with the latents
     "": "production",
 }
-# What a model does between two of its time stamps; of a Python one (every ONNX graph here is) the way to its process is in it.
+# What a model does between two of its time stamps; of one that is a Python process
+# (the guard's, and every ONNX graph under the stand-in) the way there is in it.
 PHASES: Final = (
     ("queues", "QUEUE_START", "COMPUTE_START"),
     ("copies", "COMPUTE_START", "COMPUTE_INPUT_END"),
