@@ -47,13 +47,14 @@ class Trial:
         self.whole, by_fold = fits.parts(*key)
         clean = fits.view(fits.cell.clean, variant.taps)
         self.width, self.used = fits.cell.width, clean.latents.any(axis=0)
-        self.sigmas = spread_sigmas(variant.sigmas, len(self.used) // self.width)
+        levels = variant.lay_levels(len(self.used) // self.width)
+        self.sigmas = spread_sigmas(levels, len(self.used) // self.width)
         self.bands, self.names = lay_bands(self.used, self.width, variant.edges)
         self.parts = [p for p in list_parts(self.used, self.width) if variant.parts or p[1] == WHOLE]
         self.learned: Learned | None = None
         self.denoise: Denoise | None = None
         if variant.network:
-            self.learned = fits.learn(key, variant.units, variant.sigmas)
+            self.learned = fits.learn(key, variant.units, levels)
             shape = (len(self.sigmas) * variant.draws, len(self.used) // self.width, self.width)
             graph = denoiser.build_denoiser(self.learned.weights, shape, variant.label_guidance)
             self.denoise = in_float32(open_denoiser(graph))

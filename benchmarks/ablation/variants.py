@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+import numpy as np
+
 from diffense.denoiser import HIDDEN
 from diffense.fit import FitSettings
 from diffense.rule import DEEP
@@ -26,6 +28,7 @@ class Variant:
         network: whether there is a learned part.
         units: its width.
         label_guidance, data_guidance, sigmas, steps: as in `FitSettings`.
+        span: instead of `sigmas` one level, of the shallowest and of the deepest tap; between them in even ratios.
         draws: likewise, but for the default.
         distance: to the mean of the samples, to the nearest, or the mean of the distances.
         edges: of the bands.
@@ -48,6 +51,7 @@ class Variant:
     label_guidance: float = DEFAULTS.label_guidance
     data_guidance: float = DEFAULTS.data_guidance
     sigmas: tuple[float | tuple[float, ...], ...] = DEFAULTS.sigmas
+    span: tuple[float, float] | None = None
     steps: int = DEFAULTS.steps
     draws: int = 4  # as in all rows there are; the guard takes two since (docs/decisions/0028)
     distance: Literal["mean", "nearest", "each"] = "mean"
@@ -57,6 +61,10 @@ class Variant:
     allowance: bool = True
     deep: float = DEEP
     rule: Literal["taps", "squares", "pieces", "max", "z"] = "taps"
+
+    def lay_levels(self, taps: int) -> tuple[float | tuple[float, ...], ...]:
+        """The levels as `FitSettings.sigmas` has them."""
+        return self.sigmas if self.span is None else (tuple(np.geomspace(*self.span, taps).tolist()),)
 
 
 DEFAULT: Final = Variant("default", "default")
@@ -75,6 +83,7 @@ VARIANTS: Final = (
     replace(DEFAULT, name="label guidance of the network off", group="guidance", label_guidance=0.0),
     replace(DEFAULT, name="label guidance 2", group="guidance", label_guidance=2.0),
     replace(DEFAULT, name="data guidance 0.5", group="guidance", data_guidance=0.5),
+    replace(DEFAULT, name="data guidance 0.5, 10 steps", group="guidance", data_guidance=0.5, steps=10),
     replace(CLOSED, name="no chain, no network", group="chain", chain="none"),
     replace(DEFAULT, name="no chain", group="chain", chain="none"),
     replace(CLOSED, name="guessed from all other taps, no network", group="chain", chain="others"),
@@ -86,6 +95,8 @@ VARIANTS: Final = (
     replace(DEFAULT, name="level 1", group="levels", sigmas=(1.0,)),
     replace(DEFAULT, name="level 2", group="levels", sigmas=(2.0,)),
     replace(DEFAULT, name="levels 0.5, 1, 2", group="levels", sigmas=(0.5, 1.0, 2.0)),
+    replace(DEFAULT, name="a level a tap, 0.3 to 1.6", group="levels", span=(0.3, 1.6)),
+    replace(DEFAULT, name="a level a tap, 1.6 to 0.3", group="levels", span=(1.6, 0.3)),
     replace(DEFAULT, name="nearest of the samples", group="samples", distance="nearest"),
     replace(DEFAULT, name="mean distance to the samples", group="samples", distance="each"),
     replace(DEFAULT, name="2 draws", group="samples", draws=2),
