@@ -19,6 +19,15 @@ from diffense.names import ARRAYS_FILE, MANIFEST_FILE
 from diffense.scorer import Scorer, pack_scorer
 
 
+def check_place(directory: Path) -> None:
+    """Refuse a place where no bundle can be written; the folders above it are made.
+
+    Raises:
+        BundleError: as `write_bundle`.
+    """
+    _make_partial(directory.absolute()).rmdir()
+
+
 @contextmanager
 def write_bundle(directory: Path) -> Iterator[Path]:
     """Give a temporary sibling folder to write a bundle into, and move it into place when the block ends without an error.
@@ -29,17 +38,7 @@ def write_bundle(directory: Path) -> Iterator[Path]:
         BundleError: something else than a bundle stands there, or the place cannot be written.
     """
     directory = directory.absolute()
-    if (
-        directory.exists()
-        and not (directory / MANIFEST_FILE).is_file()
-        and (not directory.is_dir() or any(directory.iterdir()))
-    ):
-        raise BundleError(f"{directory} exists and is no guard bundle; choose another place or remove it")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    except OSError as error:
-        raise BundleError(f"{directory} cannot be written: {error.strerror}") from error
+    partial = _make_partial(directory)
     try:
         yield partial
         partial.chmod(0o755)
@@ -48,12 +47,11 @@ def write_bundle(directory: Path) -> Iterator[Path]:
             os.fsync(descriptor)
             os.close(descriptor)
         if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
-            directory.rename(old / directory.name)
-            partial.rename(directory)
-            shutil.rmtree(old)
+            _replace(directory, partial)
         else:
             partial.rename(directory)
+    except OSError as error:
+        raise BundleError(f"{directory} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -83,6 +81,7 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> N
     changes = {
         "alpha": alpha,
         "calibration_size": len(images),
+        "crossed": False,
         "false_alarm_interval": bound_false_alarms(len(images), alpha),
     }
     write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))
@@ -100,3 +99,31 @@ def recalibrate(guard: Guard, images: NDArray[np.uint8], alpha: float, out: Path
             shutil.copyfile(guard.directory / name, folder / name)
         calibrate_bundle(folder, images, alpha)
     return Guard.load(out)
+
+
+def _make_partial(directory: Path) -> Path:
+    """Make the temporary sibling of a place where a bundle may be written."""
+    try:
+        bundle = (directory / MANIFEST_FILE).is_file()
+        if directory.exists() and not bundle and (not directory.is_dir() or any(directory.iterdir())):
+            raise BundleError(f"{directory} exists and is no guard bundle; choose another place or remove it")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise BundleError(f"{directory} cannot be written: {error.strerror}; choose another place") from error
+
+
+def _replace(directory: Path, partial: Path) -> None:
+    """Put a bundle in the place of another; whatever stops it, one of the two stands there."""
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
+    kept = old / directory.name
+    try:
+        directory.rename(kept)
+        partial.rename(directory)
+    except BaseException:
+        if not directory.exists():
+            kept.rename(directory)
+        raise
+    finally:
+        if directory.exists():  # else `old` holds the only guard there is
+            shutil.rmtree(old, ignore_errors=True)

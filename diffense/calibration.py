@@ -26,8 +26,8 @@ def rank_p_values(calibration: NDArray[np.float32], scores: NDArray[np.float32])
 
 
 def count_allowed(alpha: float, calibration_size: int) -> int:
-    """The largest k with ``k / (n + 1) <= alpha``: p-values are such fractions, and up to this one they are flagged."""
-    return math.floor(alpha * (calibration_size + 1) + SLACK)
+    """The largest k <= n with ``k / (n + 1) <= alpha``: p-values are such fractions, and up to this one they are flagged."""
+    return min(math.floor(alpha * (calibration_size + 1) + SLACK), calibration_size)
 
 
 def flag(p_values: NDArray[np.float64], alpha: float, calibration_size: int) -> NDArray[np.bool_]:
@@ -37,7 +37,17 @@ def flag(p_values: NDArray[np.float64], alpha: float, calibration_size: int) -> 
 
 def needed_images(alpha: float) -> int:
     """Fewest calibration images for which ``p <= alpha`` can happen: the least n with ``1 / (n + 1) <= alpha``."""
-    return math.ceil((1.0 - SLACK) / alpha) - 1
+    return max(1, math.ceil((1.0 - SLACK) / alpha) - 1)
+
+
+def check_rate(alpha: float) -> None:
+    """Refuse an alpha that is no rate.
+
+    Raises:
+        OptionError: alpha is not between 0 and 1.
+    """
+    if not 0.0 < alpha < 1.0:
+        raise OptionError(f"alpha is {alpha}, it must lie between 0 and 1: it is the false-alarm rate you accept")
 
 
 def check_alpha(alpha: float, calibration_size: int) -> None:
@@ -47,8 +57,7 @@ def check_alpha(alpha: float, calibration_size: int) -> None:
         OptionError: alpha is not between 0 and 1.
         TooFewImagesError: alpha is below ``1 / (n + 1)``.
     """
-    if not 0.0 < alpha < 1.0:
-        raise OptionError(f"alpha is {alpha}, it must lie between 0 and 1: it is the false-alarm rate you accept")
+    check_rate(alpha)
     if calibration_size < needed_images(alpha):
         raise TooFewImagesError(
             f"alpha {alpha:g} needs {needed_images(alpha)} calibration images, there are {calibration_size}; give more clean "

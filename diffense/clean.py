@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.calibration import check_alpha, needed_images
+from diffense.calibration import check_alpha, check_rate, needed_images
 from diffense.copies import make_copies
 from diffense.errors import TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
@@ -16,7 +16,7 @@ from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
 CALIBRATION_SHARE: Final = 0.4
 MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of few images
 FEWEST_FIT_IMAGES: Final = 20
-FEWEST_IMAGES: Final = 34  # of which FEWEST_FIT_IMAGES are left when the usual share calibrates
+FEWEST_IMAGES: Final = 34  # a split's usual share leaves FEWEST_FIT_IMAGES of them; where all are fitted on, the same floor
 FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, by folds (docs/decisions/0023)
 FEW_COPIES: Final = 6  # of each image where there are few
 
@@ -57,14 +57,29 @@ def count_independent(source: NDArray[np.int64]) -> int:
     return min(len(source), 2 * len(np.unique(source)))
 
 
+def check_few(images: int, alpha: float) -> None:
+    """Refuse too few clean images where all of them are fitted on and calibrate.
+
+    Raises:
+        TooFewImagesError: alpha cannot be reached with so few images, or a guard cannot be fitted on them.
+        OptionError: alpha is not between 0 and 1.
+    """
+    check_rate(alpha)
+    if images < FEWEST_IMAGES:
+        fewest = max(needed_images(alpha), FEWEST_IMAGES)
+        raise TooFewImagesError(f"{images} clean images are too few for a guard; give at least {fewest}, and five a class")
+    check_alpha(alpha, images)
+
+
 def count_calibration(images: int, alpha: float) -> int:
-    """How many of the clean images calibrate: two fifths, more where alpha needs more, never above three fifths.
+    """How many clean images calibrate in a split: two fifths, more where alpha needs more, never above three fifths.
 
     Raises:
         TooFewImagesError: alpha cannot be reached with so few images, or too few are left to fit on.
         OptionError: alpha is not between 0 and 1.
     """
-    needed = needed_images(alpha) if 0 < alpha < 1 else 0
+    check_rate(alpha)
+    needed = needed_images(alpha)
     fewest = max(math.ceil(needed / MOST_CALIBRATION_SHARE), needed + FEWEST_FIT_IMAGES, FEWEST_IMAGES)
     usual = round(CALIBRATION_SHARE * images)
     if images - usual < FEWEST_FIT_IMAGES:
@@ -78,9 +93,7 @@ def count_calibration(images: int, alpha: float) -> int:
             f"alpha {alpha:g} needs {fewest} clean images ({needed} of them to calibrate), there are {images}; "
             f"give more, or an alpha of at least {math.ceil(1e4 / (most + 1)) / 1e4:g}"
         )
-    chosen = max(usual, needed)
-    check_alpha(alpha, chosen)
-    return chosen
+    return max(usual, needed)
 
 
 def split_rows(

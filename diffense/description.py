@@ -59,8 +59,7 @@ class GuardDescription(BaseModel):
         """Name -> text of what a user asks first."""
         m = self.manifest
         low, high = m.false_alarm_interval
-        crossed = m.clean.fitted == m.clean.given and m.calibration_size == m.clean.calibrated
-        same = ", the same ones by folds" if crossed else ""
+        same = ", the same ones by folds" if m.crossed else ""
         sigmas = ", ".join(str(row[0]) if len(set(row)) == 1 else str(list(row)) for row in m.sampling.sigmas)
         return {
             "guard": self.guard_id,

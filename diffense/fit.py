@@ -1,18 +1,19 @@
 """From clean images to a guard: `fit_guard` is the list of steps, the rest are the steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 import diffense
-from diffense.bundle import calibrate_bundle, write_bundle, write_scorer
-from diffense.calibration import bound_false_alarms
+from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
+from diffense.calibration import bound_false_alarms, check_rate
 from diffense.clean import CleanSet
 from diffense.crosscalibration import FOLDS, Score, score_crossed
 from diffense.crossfit import FEWEST_ROWS, LatentSet, Rewhiten, cross_fit, learn_network, measure_reference
@@ -41,8 +42,6 @@ from diffense.scoring import Formula, allow, fit_allowance, lay_bands
 from diffense.tapping import compare_shared, project_taps, whiten, whiten_by, write_tapped
 from diffense.target import Target
 
-SHARED_TOLERANCE: Final = 1e-5  # of the logits; a larger change by the extra output is refused at export
-
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -60,6 +59,9 @@ class FitSettings:
         label_guidance: w; 1 is the conditional denoiser.
         data_guidance: pull towards the inspected innovation at each step; 0 is none.
         training_steps: most steps of the denoiser's training; it stops early on held-out clean latents.
+
+    Raises:
+        OptionError: a setting that makes no sense; sigmas wait for the taps (`spread_sigmas`).
     """
 
     alpha: float = 0.01
@@ -73,6 +75,22 @@ class FitSettings:
     label_guidance: float = 1.0
     data_guidance: float = 0.0
     training_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_rate(self.alpha)
+        rules = (
+            ("network", self.network in ("auto", "on", "off"), "auto, on or off"),
+            ("guide", self.guide in ("auto", "label", "logits"), "auto, label or logits"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("chain_sigma", 0 < self.chain_sigma < math.inf, "a number above 0"),
+            ("steps", self.steps >= 1, "1 or more"),
+            ("draws", self.draws >= 2 and self.draws % 2 == 0, "2 or more and even"),
+            ("label_guidance", math.isfinite(self.label_guidance), "a finite number"),
+            ("data_guidance", 0 <= self.data_guidance < math.inf, "a finite number, 0 or more"),
+        )
+        for name, fits, wanted in rules:
+            if not fits:
+                raise OptionError(f"{name} is {getattr(self, name)}, it must be {wanted}")
 
 
 def ignore_progress(step: int, steps: int) -> None:
@@ -110,15 +128,16 @@ def fit_guard(
         BundleError: `out` cannot be written.
     """
     settings = settings or FitSettings()
+    check_place(out)
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
+    sigmas = spread_sigmas(settings.sigmas, len(chosen))
     prepared = prepare_clean(target, images, chosen, preprocessing, settings.alpha, settings.guide, settings.seed, notify)
     clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
     all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
     calibration_size = len(calibration_rows)
     low, high = bound_false_alarms(calibration_size, settings.alpha)
     low = 0.0 if prepared.crossed else low  # a fold's scorer has seen less than the guard and tends to score higher
-    sigmas = spread_sigmas(settings.sigmas, len(chosen))
     latent_set, scorer, weights, network = fit_scorer(
         clean, latents, kind, target.probabilities, sigmas, settings, prepared.generator, report
     )
@@ -176,6 +195,7 @@ def fit_guard(
             ),
             alpha=settings.alpha,
             calibration_size=calibration_size,
+            crossed=prepared.crossed,
             false_alarm_interval=(low, high),
             shared_exact=shared[0],
             shared_max_difference=shared[1],
@@ -216,7 +236,7 @@ def spread_sigmas(sigmas: tuple[float | tuple[float, ...], ...], taps: int) -> N
         OptionError: no level, a level that is not positive, or a row whose length is not the number of taps.
     """
     rows = [(level,) * taps if isinstance(level, int | float) else tuple(level) for level in sigmas]
-    if not rows or any(len(row) != taps or min(row) <= 0 for row in rows):
+    if not rows or any(len(row) != taps or not all(0 < level < math.inf for level in row) for row in rows):
         raise OptionError(f"sigmas {sigmas} must be positive, one a level, or {taps} (one a tap) a level")
     return np.array(rows, np.float64)
 

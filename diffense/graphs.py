@@ -33,14 +33,7 @@ def load_model(path: Path) -> ir.Model:
         TargetError: the file is missing, is no ONNX graph, or an external data file is missing, too short or outside
             the folder of the model.
     """
-    if not path.is_file():
-        raise TargetError(f"{path}: there is no such file")
-    try:
-        model = ir.from_proto(onnx.load(path, format="protobuf", load_external_data=False))
-    except Exception as error:  # protobuf, onnx and onnx_ir share no base class for what a damaged file makes them raise
-        raise TargetError(f"{path}: not an ONNX file, or a damaged one ({first_line(error)}); export it again") from error
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    _check_external(path, model)
+    model = read_model(path)
     if model.ir_version < SEPARATE_INPUTS_IR:
         passes.RemoveInitializersFromInputsPass()(model)
         model.ir_version = SAVED_IR
@@ -50,6 +43,28 @@ def load_model(path: Path) -> ir.Model:
         model.graph.sort()  # onnxruntime takes nodes in any order, and float16 converters leave them so
     except ValueError as error:
         raise TargetError(f"{path}: the graph has a cycle; export it again") from error
+    return model
+
+
+def read_model(path: Path) -> ir.Model:
+    """As `load_model`, with the graph as it stands in the file.
+
+    Raises:
+        TargetError: as `load_model`.
+    """
+    if path.is_dir():
+        raise TargetError(f"{path}: this is a folder; give an ONNX file")
+    if not path.is_file():
+        raise TargetError(f"{path}: there is no such file")
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        model = ir.from_proto(proto) if proto.HasField("graph") else None
+    except Exception as error:  # protobuf, onnx and onnx_ir share no base class for what a damaged file makes them raise
+        raise TargetError(f"{path}: not an ONNX file, or a damaged one ({first_line(error)}); export it again") from error
+    if model is None:
+        raise TargetError(f"{path}: {'no graph in it' if path.stat().st_size else 'an empty file'}; export it again")
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    _check_external(path, model)
     return model
 
 
@@ -84,25 +99,21 @@ def save_graph(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE
         TargetError: external data of the model cannot be read any more.
     """
     copy = model.clone()
-    try:
-        if _count_weight_bytes(model) > external_above:
-            ir.external_data.unload_from_model(
-                copy, path.parent, f"{path.name}.data", size_threshold_bytes=EXTERNAL_TENSOR_BYTES
-            )
-        else:
-            ir.external_data.load_to_model(copy)
-        payload: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"{path}: the weights cannot be written ({first_line(error)})") from error
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        partial = Path(temporary.name)
+    data = f"{path.name}.data"
+    external = _count_weight_bytes(model) > external_above
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        partial = Path(folder)
         try:
-            temporary.write(payload)
-        except BaseException:
-            partial.unlink()
-            raise
-    partial.chmod(0o644)
-    partial.replace(path)
+            if external:
+                ir.external_data.unload_from_model(copy, partial, data, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+            else:
+                ir.external_data.load_to_model(copy)
+            (partial / path.name).write_bytes(ir.to_proto(copy).SerializeToString(deterministic=True))
+        except (OSError, ValueError) as error:
+            raise TargetError(f"{path}: the weights cannot be written ({first_line(error)})") from error
+        if external:
+            (partial / data).replace(path.with_name(data))
+        (partial / path.name).replace(path)
 
 
 def cut_graph(model: ir.Model, start: str, ends: Sequence[str]) -> ir.Model:
@@ -125,10 +136,12 @@ def open_session(model: Path | bytes | ir.Model, threads: int = 0, *, optimize: 
         optimize: False skips all graph rewriting, which is quicker where the graph runs once.
 
     Raises:
-        TargetError: onnxruntime refuses the graph.
+        TargetError: onnxruntime refuses the graph, or the file's name.
     """
     if isinstance(model, ir.Model):
         return _open_graph(model, threads, optimize)
+    if isinstance(model, Path):
+        _check_name(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = threads
@@ -203,6 +216,13 @@ def _run_part(
         if np.ndim(result) == 0 or len(result) != len(rows):
             raise TargetError(f"output {name!r} has shape {np.shape(result)} for a batch of {len(rows)}: no batch axis")
     return [result[:count] for result in results]
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise TargetError(f"{path}: onnxruntime opens no path that is not UTF-8; rename the file or its folder") from error
 
 
 def _open_graph(model: ir.Model, threads: int, optimize: bool) -> onnxruntime.InferenceSession:

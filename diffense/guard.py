@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from diffense.errors import ImageError, WrongTargetError
-from diffense.graphs import hash_target, open_session, run_batched
+from diffense.graphs import hash_target, open_session, read_model, run_batched
 from diffense.images import Preprocessing
 from diffense.manifest import Manifest, check_files, read_manifest
 from diffense.names import DENOISER_FILE, GUIDE, LATENTS, MANIFEST_FILE, NOISED, SAMPLE, SIGMA, TAPPED_FILE
@@ -114,25 +114,31 @@ class Guard:
 
     @cached_property
     def _tapped(self) -> Any:
+        read_model(self.tapped_path)  # refuses weights outside the bundle, which not every onnxruntime does
         return open_session(self.tapped_path)
 
     @cached_property
     def denoise(self) -> Denoise | None:
         """One guided step through onnxruntime; None when the network is off."""
-        return None if self.denoiser_path is None else open_denoiser(self.denoiser_path)
+        if self.denoiser_path is None:
+            return None
+        read_model(self.denoiser_path)  # as above
+        return open_denoiser(self.denoiser_path)
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run the target: (N, H, W, C) uint8 -> (N, classes) logits and (N, W) latents, float32.
 
         Raises:
             ImageError: wrong dtype or shape, or the target overflows on an image.
+            TargetError: a graph of the bundle names weights outside it.
         """
         inputs = self.preprocessing.apply(images)
         logits, latents = run_batched(self._tapped, inputs, [self.manifest.logits, LATENTS], self.manifest.batch)
-        broken = np.flatnonzero(~np.isfinite(latents).all(axis=1))
+        logits = logits.reshape(len(images), self.manifest.classes)
+        broken = np.flatnonzero(~(np.isfinite(logits).all(axis=1) & np.isfinite(latents).all(axis=1)))
         if len(broken):
             raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
-        return logits.reshape(len(images), self.manifest.classes), latents
+        return logits, latents
 
     def score_all(self, images: NDArray[np.uint8]) -> Scored:
         """As `score`, with the predicted labels."""
@@ -148,7 +154,7 @@ class Guard:
             images: (N, H, W, C) uint8 pixels of the size that the target takes.
 
         Raises:
-            ImageError: wrong dtype or shape.
+            ImageError, TargetError: as `run`.
         """
         return Verdicts(*self.score_all(images)[:3])
 

@@ -101,7 +101,7 @@ class Images:
         pixels: (N, H, W, C) uint8.
         names: of each: the path below the folder, or ``file.npz#12`` for a row of a table.
         labels: (N,) int64, or None where some image has none. In a folder whose images lie in sub-folders exactly one
-            level deep, the label is the index of the sub-folder in sorted order.
+            level deep, the label is the index of the sub-folder in sorted order, among those of which an image was read.
         skipped: what could not be read.
     """
 
@@ -147,13 +147,16 @@ def load_images(source: Path, size: tuple[int, int], channels: int) -> Images:
             continue
         names.append(name)
         labels.append(label)
+    if not pixels and not skipped:
+        wanted = "; put PNG, JPEG, WebP or BMP files there" if source.is_dir() else ""
+        raise ImageError(f"{source}: there are no images in it{wanted}")
     if not pixels:
-        first = f"; the first, {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-        raise ImageError(f"{source}: no image could be read of {len(skipped)}{first}")
-    known = [label for label in labels if label is not None]
-    return Images(
-        np.stack(pixels), tuple(names), np.array(known, np.int64) if len(known) == len(names) else None, tuple(skipped)
-    )
+        first = f"the first, {skipped[0].name}: {skipped[0].reason}"
+        raise ImageError(f"{source}: no image could be read of {len(skipped)}; {first}")
+    known = np.array([label for label in labels if label is not None], np.int64)
+    if source.is_dir():
+        known = np.unique(known, return_inverse=True)[1]  # a folder of which no image was read is no class
+    return Images(np.stack(pixels), tuple(names), known if len(known) == len(names) else None, tuple(skipped))
 
 
 def read_image(source: Path | bytes) -> Image.Image:

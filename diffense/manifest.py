@@ -106,6 +106,7 @@ class Manifest(Part):
     clean: CleanReport
     alpha: float = Field(gt=0, lt=1)
     calibration_size: int
+    crossed: bool = False  # whether the images fitted on calibrate, by folds; manifests before this key do not tell
     false_alarm_interval: tuple[float, float]
     shared_exact: bool
     shared_max_difference: float
@@ -118,10 +119,12 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a bundle's manifest.
 
     Raises:
-        TamperedError: there is no manifest, or it is no regular file of sensible size.
+        TamperedError: there is no such folder or no manifest in it, or it is no regular file of sensible size.
         SchemaError: it is newer than this version, has unknown keys, or is malformed.
     """
     path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise TamperedError(f"{folder}: there is no such folder; give the folder of a guard")
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_MANIFEST_BYTES:
         raise TamperedError(f"{folder} is no guard bundle: it has no usable {MANIFEST_FILE}")
     text = path.read_bytes()

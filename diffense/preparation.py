@@ -7,7 +7,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet, collect_clean, count_calibration, decide_guide, split_rows
+from diffense.clean import (
+    FEW_COPIES,
+    FEW_IMAGES,
+    CleanSet,
+    check_few,
+    collect_clean,
+    count_calibration,
+    decide_guide,
+    split_rows,
+)
 from diffense.errors import ImageError
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
@@ -73,7 +82,12 @@ def prepare_clean(
         OptionError: alpha is not between 0 and 1.
         ImageError: the target overflows on an image.
     """
-    calibration_size = count_calibration(len(images), alpha)
+    few = len(images) < FEW_IMAGES
+    if few:
+        check_few(len(images), alpha)
+        calibration_size = len(images)
+    else:
+        calibration_size = count_calibration(len(images), alpha)
     generator = np.random.default_rng(seed)
     run = open_pooling(target, taps, preprocessing)
     logits, pooled = run(images)
@@ -82,7 +96,6 @@ def prepare_clean(
         raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
     labels = logits.argmax(axis=1)
     kind = decide_guide(labels, target.classes, guide, notify)
-    few = len(images) < FEW_IMAGES
     if few:
         fit_rows = calibration_rows = np.arange(len(images))
     else:

@@ -198,14 +198,16 @@ def find_logits(
         wanted: the name that the user gave.
 
     Raises:
-        TargetError: there is no such output, or there are several.
+        TargetError: there is no such output, it holds no class scores, or several could be the logits.
     """
     shapes = ", ".join(f"{name!r} {np.shape(result)}" for name, result in results.items())
+    if wanted is not None and wanted not in results:
+        raise TargetError(f"{path}: there is no output {wanted!r}; the outputs are {shapes}")
     fitting = [name for name, result in results.items() if _is_scores(result, rows)]
     if not fitting or (wanted is not None and wanted not in fitting):
+        subject = "no output is" if wanted is None else f"output {wanted!r} is not"
         raise TargetError(
-            f"{path}: {'no output' if wanted is None else repr(wanted)} is float (N, classes) with at least 2 classes; "
-            f"for {rows} images the outputs are {shapes}"
+            f"{path}: {subject} float (N, classes) with at least 2 classes; for {rows} images the outputs are {shapes}"
         )
     if wanted is not None:
         return wanted

@@ -9,14 +9,24 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from diffense.calibration import bound_false_alarms, check_alpha, find_threshold, flag, needed_images, rank_p_values
+from diffense.calibration import (
+    bound_false_alarms,
+    check_alpha,
+    count_allowed,
+    find_threshold,
+    flag,
+    needed_images,
+    rank_p_values,
+)
 from diffense.errors import TooFewImagesError
 
 # Few different values, so that ties are common.
 SCORES = st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]) | st.floats(0, 4, width=32)
 LISTS = st.lists(SCORES, min_size=1, max_size=60)
 # Rates as they are typed, and some that arithmetic has moved by a last bit in either direction.
-RATES = st.integers(1, 999).map(lambda n: n / 1000) | st.sampled_from([0.3 - 0.2, 1 - 0.95, 1 / 3, 0.1 + 0.2, 2 / 21, 0.1 * 3])
+RATES = st.integers(1, 999).map(lambda n: n / 1000) | st.sampled_from(
+    [0.3 - 0.2, 1 - 0.95, 1 / 3, 0.1 + 0.2, 2 / 21, 0.1 * 3, 1 - 1e-12]
+)
 
 
 def ascending(values: list[float]) -> NDArray[np.float32]:
@@ -96,6 +106,14 @@ def test_the_interval_holds_the_realised_rate_as_often_as_it_says(n: int, alpha:
         assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(confidence, abs=0.03)
         assert np.mean(rates < low) == pytest.approx((1 - confidence) / 2, abs=0.02)
     assert rates.mean() == pytest.approx(math.floor(alpha * (n + 1) + 1e-9) / (n + 1), rel=0.05)
+
+
+def test_an_alpha_next_to_one_flags_all_but_the_lowest() -> None:
+    known, alpha = ascending(range(10)), 1 - 1e-12
+    assert count_allowed(alpha, 10) == 10
+    assert find_threshold(known, alpha) == 0.0
+    assert flag(rank_p_values(known, known), alpha, 10).tolist() == [False] + [True] * 9
+    assert np.isfinite(bound_false_alarms(10, alpha)).all()
 
 
 def test_the_interval_narrows_with_more_images() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffense.calibration import needed_images
-from diffense.clean import FEWEST_FIT_IMAGES, count_calibration, decide_guide, split_rows
+from diffense.clean import FEWEST_FIT_IMAGES, FEWEST_IMAGES, check_few, count_calibration, decide_guide, split_rows
 from diffense.errors import OptionError, TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS
 
@@ -51,6 +51,21 @@ def test_the_smallest_alpha_that_is_named_works(images: int) -> None:
 def test_an_alpha_that_is_no_rate_is_refused(alpha: float) -> None:
     with pytest.raises(OptionError, match="between 0 and 1"):
         count_calibration(1000, alpha)
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        check_few(3, alpha)
+
+
+@given(st.integers(0, 299), RATES)
+def test_few_images_suffice_where_all_of_them_reach_alpha_or_a_number_is_named_that_does(images: int, alpha: float) -> None:
+    try:
+        check_few(images, alpha)
+    except TooFewImagesError as refused:
+        named = re.search(r"^alpha \S+ needs (\d+)|give at least (\d+)", str(refused))
+        enough = int(named[1] or named[2])
+        assert images < enough == max(needed_images(alpha), FEWEST_IMAGES)
+        check_few(enough, alpha)
+        return
+    assert images >= max(needed_images(alpha), FEWEST_IMAGES)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=200), st.floats(0, 1), st.integers(0, 99))

@@ -152,12 +152,13 @@ def test_inspect_and_fit_take_the_layout_that_the_message_asks_for(tmp_path: Pat
         (("--std", "0"), "--std"),
         (("--mean", "0.1,0.2"), "--mean"),
         (("--sigmas", "0"), "sigmas"),
-        (("--draws", "3"), "--draws is 3 and must be even"),
+        (("--draws", "3"), "diffense: draws is 3, it must be 2 or more and even"),
+        (("--label-guidance", "nan"), "label_guidance is nan"),
         (("--size", "224"), "does not take images of 224x224"),
-        (("--logits", "nothing"), "'nothing'"),
+        (("--logits", "nothing"), "there is no output 'nothing'; the outputs are 'logits' (5, 4)"),
         (("--taps", "nothing"), "'nothing' is no tensor"),
         (("--alpha", "0"), "between 0 and 1"),
-        (("--alpha", "0.001"), "clean images"),
+        (("--alpha", "0.001"), "needs 999 calibration images, there are 200"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(
@@ -169,6 +170,26 @@ def test_options_that_cannot_be_are_refused_by_name(
     assert told in said.splitlines()[-1]
     assert not (tmp_path / "guard").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["clean.npz"]
+
+
+def test_a_seed_below_zero_is_a_wrong_use(small_target: Path, tmp_path: Path, run_cli: Run) -> None:
+    code, _, told = run_cli("fit", small_target, tmp_path, "--seed", "-1")
+    assert code == 2
+    assert "Invalid value for '--seed'" in told
+
+
+def test_alpha_is_judged_before_the_number_of_images(small_target: Path, tmp_path: Path, run_cli: Run) -> None:
+    images = save_npz(tmp_path / "clean.npz", draw_shapes(5, seed=24)[0])
+    code, _, told = run_cli("fit", small_target, images, "--alpha", "0", "--out", tmp_path / "guard")
+    assert (code, told.count("\n")) == (2, 1)
+    assert "alpha is 0.0, it must lie between 0 and 1" in told
+
+
+@pytest.mark.parametrize("command", ["score", "calibrate"])
+def test_a_guard_that_is_not_there_is_told_so(command: str, tmp_path: Path, run_cli: Run) -> None:
+    code, said, told = run_cli(command, tmp_path / "nope", tmp_path)
+    assert (code, said) == (2, "")
+    assert told == f"diffense: {tmp_path / 'nope'}: there is no such folder; give the folder of a guard\n"
 
 
 def test_a_file_that_is_no_onnx_file_ends_in_one_line(tmp_path: Path, run_cli: Run) -> None:

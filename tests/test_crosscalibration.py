@@ -10,6 +10,7 @@ from diffense.bundle import recalibrate
 from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet
 from diffense.crosscalibration import score_crossed
 from diffense.description import describe_guard
+from diffense.errors import TooFewImagesError
 from diffense.fit import FitSettings, default_preprocessing, fit_guard
 from diffense.preparation import prepare_clean
 from diffense.target import Target
@@ -84,6 +85,19 @@ def test_only_few_images_are_all_fitted_on_and_copied_six_times(small_target, co
     assert len(prepared.fit_rows) == (count if few else count - len(prepared.calibration_rows))
 
 
+def test_alpha_needs_no_more_images_than_calibrate(small_target):
+    target = Target.open(small_target)
+    taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
+
+    def prepare(count: int):
+        images = shapes.draw_shapes(count, seed=6)[0]
+        return prepare_clean(target, images, taps, preprocessing, 0.01, "auto", 0, lambda message: None)
+
+    assert len(prepare(99).calibration_rows) == 99
+    with pytest.raises(TooFewImagesError, match="needs 99 calibration images, there are 98"):
+        prepare(98)
+
+
 def test_false_alarms_on_fresh_images_stay_near_alpha(few_guard):
     guard, _, _ = few_guard
     fresh = shapes.draw_shapes(1500, seed=4)[0]
@@ -95,4 +109,11 @@ def test_calibrating_with_fresh_images_gives_the_lower_bound_of_a_split_back(few
     for split in (fresh, guard):
         low, high = split.manifest.false_alarm_interval
         assert 0 < low < split.manifest.alpha < high
-    assert "by folds" not in describe_guard(fresh.directory).facts()["clean images"]
+
+
+def test_only_the_images_of_the_fit_are_called_the_same_ones(few_guard, tmp_path):
+    guard, images, _ = few_guard
+    fresh = recalibrate(guard, shapes.draw_shapes(len(images), seed=5)[0], 0.05, tmp_path / "g")
+    assert guard.manifest.crossed and not fresh.manifest.crossed
+    assert "120 calibrate" in (told := describe_guard(fresh.directory).facts()["clean images"])
+    assert "by folds" not in told

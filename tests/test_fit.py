@@ -3,7 +3,7 @@ import pytest
 
 import onnx_models
 from diffense.calibration import needed_images
-from diffense.errors import ImageError, OptionError, TargetError, TooFewImagesError
+from diffense.errors import BundleError, ImageError, OptionError, TargetError, TooFewImagesError
 from diffense.fit import FitSettings, default_preprocessing, fit_guard
 from diffense.target import Target
 from shapes import draw_shapes
@@ -28,7 +28,7 @@ def test_twenty_images_a_class_make_a_guard_that_says_how_sure_it_is(small_targe
 
 def test_an_alpha_out_of_reach_names_the_number_of_images(small_target, tmp_path):
     images = draw_shapes(80, seed=2)[0]
-    with pytest.raises(TooFewImagesError, match=r"165 clean images.*99.*there are 80"):
+    with pytest.raises(TooFewImagesError, match="needs 99 calibration images, there are 80"):
         fit(small_target, images, tmp_path / "g", alpha=0.01)
     assert not (tmp_path / "g").exists()
 
@@ -40,7 +40,7 @@ def test_an_alpha_that_is_no_rate_is_refused(small_target, tmp_path, alpha):
 
 
 def test_too_few_images_to_fit_on_are_refused(small_target, tmp_path):
-    with pytest.raises(TooFewImagesError, match="needs 20"):
+    with pytest.raises(TooFewImagesError, match=r"24 clean images are too few .* at least 34"):
         fit(small_target, draw_shapes(24, seed=2)[0], tmp_path / "g", alpha=0.5)
 
 
@@ -128,7 +128,40 @@ def test_every_way_of_sampling_gives_a_calibrated_guard(small_target, clean_imag
     assert guard.manifest.denoiser.rows == FitSettings().draws * len(sampling.get("sigmas", (0.3,)))
 
 
-@pytest.mark.parametrize("sigmas", [(), (0.0,), (-1.0,), ((0.3, 0.3),)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("network", "never"),
+        ("guide", "nobody"),
+        ("seed", -1),
+        ("chain_sigma", 0.0),
+        ("chain_sigma", float("nan")),
+        ("steps", 0),
+        ("draws", 0),
+        ("draws", 3),
+        ("label_guidance", float("nan")),
+        ("label_guidance", float("inf")),
+        ("data_guidance", -1.0),
+        ("data_guidance", float("nan")),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name_before_any_work(name, value):
+    with pytest.raises(OptionError, match=f"^{name} is {value}, it must be "):
+        FitSettings(**{name: value})
+
+
+@pytest.mark.parametrize("place", ["file", "file/guard", "precious"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_fit(small_target, clean_images, tmp_path, place):
+    (tmp_path / "file").write_text("thesis")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match=f"{place} .*choose another place"):  # too few images: a fit would say so
+        fit(small_target, clean_images[:3], tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("sigmas", [(), (0.0,), (-1.0,), ((0.3, 0.3),), (float("nan"),), (float("inf"),)])
 def test_noise_levels_that_make_no_sense_are_refused(small_target, clean_images, tmp_path, sigmas):
     with pytest.raises(OptionError, match="sigmas"):
         fit(small_target, clean_images, tmp_path / "g", sigmas=sigmas, alpha=0.05)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,15 @@ from scipy.stats import binom, kstest
 
 import onnx_models
 from diffense.bundle import recalibrate, write_bundle
-from diffense.errors import BundleError, ImageError, SchemaError, TamperedError, TooFewImagesError, WrongTargetError
+from diffense.errors import (
+    BundleError,
+    ImageError,
+    SchemaError,
+    TamperedError,
+    TargetError,
+    TooFewImagesError,
+    WrongTargetError,
+)
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
 from diffense.manifest import SCHEMA
@@ -35,6 +44,30 @@ def bundle(guard, tmp_path):
 def change_manifest(bundle, **changes):
     manifest = json.loads((bundle / MANIFEST_FILE).read_text())
     (bundle / MANIFEST_FILE).write_text(json.dumps(manifest | changes))
+
+
+def sign(bundle, name):
+    """Put the file's hash into the manifest, as one who tampers would."""
+    files = json.loads((bundle / MANIFEST_FILE).read_text())["files"]
+    change_manifest(bundle, files=files | {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest()})
+
+
+def spoil_logits(bundle):
+    """Multiply the logits by brightness / brightness, which is NaN for a black image; latents stay as they are."""
+    model = onnx.load(bundle / TAPPED_FILE)
+    for node in model.graph.node:
+        node.output[:] = ["finite" if name == "logits" else name for name in node.output]
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("GlobalMaxPool", [model.graph.input[0].name], ["brightest"]),
+            onnx.helper.make_node("Flatten", ["brightest"], ["colours"]),
+            onnx.helper.make_node("ReduceMax", ["colours"], ["bright"], axes=[1]),
+            onnx.helper.make_node("Div", ["bright", "bright"], ["one"]),
+            onnx.helper.make_node("Mul", ["finite", "one"], ["logits"]),
+        ]
+    )
+    onnx.save(model, bundle / TAPPED_FILE)
+    sign(bundle, TAPPED_FILE)
 
 
 def test_verdicts_unpack_to_three_arrays(guard, fresh):
@@ -205,10 +238,50 @@ def test_arrays_that_no_fit_writes_are_refused_although_their_hash_fits(bundle, 
     arrays = load_file(bundle / ARRAYS_FILE)
     arrays[name] = np.ascontiguousarray(spoil(arrays[name]))
     save_file(arrays, bundle / ARRAYS_FILE)
-    files = json.loads((bundle / MANIFEST_FILE).read_text())["files"]
-    change_manifest(bundle, files=files | {ARRAYS_FILE: hashlib.sha256((bundle / ARRAYS_FILE).read_bytes()).hexdigest()})
+    sign(bundle, ARRAYS_FILE)
     with pytest.raises(TamperedError, match=ARRAYS_FILE):
         Guard.load(bundle)
+
+
+def test_a_manifest_that_does_not_tell_how_it_calibrated_is_read(bundle):
+    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
+    del manifest["crossed"]
+    (bundle / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert not Guard.load(bundle).manifest.crossed
+
+
+def test_logits_that_are_no_numbers_are_refused_like_latents(bundle, fresh):
+    whole = Guard.load(bundle).run(fresh[:3])
+    spoil_logits(bundle)
+    guard = Guard.load(bundle)
+    logits, latents = guard.run(fresh[:3])
+    assert np.array_equal(latents, whole[1]) and np.array_equal(logits, whole[0])
+    images = np.concatenate([fresh[:200], np.zeros_like(fresh[:1])])
+    before = (bundle / MANIFEST_FILE).read_bytes()
+    for attempt in (
+        lambda: guard.score(images),
+        lambda: guard.explain(images[-1]),
+        lambda: recalibrate(guard, images, 0.05, bundle),
+    ):
+        with pytest.raises(ImageError, match=r"image (200|0) makes the target's features overflow"):
+            attempt()
+    assert (bundle / MANIFEST_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [TAPPED_FILE, DENOISER_FILE])
+def test_weights_outside_the_bundle_are_refused_although_the_hash_fits(bundle, fresh, name):
+    model = onnx.load(bundle / name)
+    onnx.save(model, bundle / name, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (bundle / "weights.bin").rename(bundle.parent / "weights.bin")
+    model = onnx.load(bundle / name, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../weights.bin" if entry.key == "location" else entry.value
+    (bundle / name).write_bytes(model.SerializeToString())
+    sign(bundle, name)
+    guard = Guard.load(bundle)
+    with pytest.raises(TargetError, match="outside the folder of the model; only files inside it are read"):
+        guard.score(fresh[:2])
 
 
 def test_an_older_schema_asks_for_a_new_fit(bundle):
@@ -220,6 +293,8 @@ def test_an_older_schema_asks_for_a_new_fit(bundle):
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(TamperedError, match="no guard bundle"):
         Guard.load(tmp_path)
+    with pytest.raises(TamperedError, match="nowhere: there is no such folder"):
+        Guard.load(tmp_path / "nowhere")
 
 
 def test_another_target_is_refused_by_name(guard, small_target, tmp_path):
@@ -250,6 +325,25 @@ def test_a_failed_write_leaves_no_trace(tmp_path):
         (folder / "half").write_text("")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"), [(OSError(28, "No space left on device"), BundleError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_a_replacement_that_is_stopped_leaves_the_old_guard_in_place(guard, bundle, fresh, monkeypatch, stop, told):
+    rename = Path.rename
+
+    def refuse(path, place):
+        if path.suffix == ".partial":
+            raise stop
+        return rename(path, place)
+
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(told, match="cannot be written: .*No space" if told is BundleError else None):
+        recalibrate(guard, fresh[:200], 0.05, bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["guard"]
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
 
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):

@@ -179,15 +179,15 @@ def test_folder_is_read_sorted_and_says_what_it_skipped(tmp_path: Path) -> None:
 
 
 def test_sub_folders_one_deep_are_labels(tmp_path: Path) -> None:
-    for name in ("dog/1.png", "cat/1.png", "cat/2.png", "bird/broken.png"):
+    for name in ("dog/1.png", "cat/1.png", "cat/2.png", "a_notes/readme.txt", "bird/broken.png"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encode(ramp()) if "broken" not in name else b"broken")
+        path.write_bytes(encode(ramp()) if path.name[0].isdigit() else b"no image")
     (tmp_path / "readme.txt").write_text("three classes")
     images = load_images(tmp_path, (6, 8), 3)
     assert images.names == ("cat/1.png", "cat/2.png", "dog/1.png")
     assert images.labels is not None
-    assert images.labels.tolist() == [1, 1, 2]
+    assert images.labels.tolist() == [0, 0, 1], "a folder of which no image was read is no class"
     assert images.labels.dtype == np.int64
 
 
@@ -215,6 +215,12 @@ def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.Mon
 def test_sources_that_do_not_exist_or_are_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
-    for name, message in (("nowhere", "no such file or folder"), ("list.csv", "give a folder"), ("empty", "no image")):
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 2, 2, 3), np.uint8))
+    for name, message in (
+        ("nowhere", "no such file or folder"),
+        ("list.csv", "give a folder"),
+        ("empty", "there are no images in it; put PNG, JPEG, WebP or BMP files there"),
+        ("none.npz", "there are no images in it$"),
+    ):
         with pytest.raises(ImageError, match=message):
             load_images(tmp_path / name, (2, 2), 3)

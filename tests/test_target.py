@@ -129,8 +129,10 @@ def test_two_heads_need_a_name(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"'aux' .*'logits' .*--logits"):
         open_model(model, tmp_path)
     assert open_model(model, tmp_path, logits="aux").logits == "aux"
-    with pytest.raises(TargetError, match=r"'nothing' is float \(N, classes\)"):
+    with pytest.raises(TargetError, match=r"there is no output 'nothing'; the outputs are 'aux' \(5, 7\), 'logits' \(5, 7\)"):
         open_model(model, tmp_path, logits="nothing")
+    with pytest.raises(TargetError, match=r"output 'label' is not float \(N, classes\) with at least 2 classes"):
+        open_model(models.add_outputs(models.plain_cnn(), "N"), tmp_path, logits="label")
 
 
 def test_named_softmax_is_taken(tmp_path: Path) -> None:
@@ -178,11 +180,19 @@ def test_output_that_does_not_depend_on_the_image_has_no_taps(tmp_path: Path) ->
         target.list_taps()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x07", b"PK\x03\x04" + bytes(64)])
-def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "an empty file; export it again"),
+        (b"garbage", "not an ONNX file"),
+        (b"\x08\x07", "no graph in it; export it again"),
+        (b"PK\x03\x04" + bytes(64), "not an ONNX file"),
+    ],
+)
+def test_what_is_no_onnx_file_is_refused(content: bytes, told: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(content)
-    with pytest.raises(TargetError, match=r"broken\.onnx"):
+    with pytest.raises(TargetError, match=rf"broken\.onnx: {told}"):
         Target.open(path)
 
 
@@ -197,8 +207,8 @@ def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere.onnx", tmp_path):
-        with pytest.raises(TargetError, match="no such file"):
+    for path, message in ((tmp_path / "nowhere.onnx", "there is no such file"), (tmp_path, "this is a folder")):
+        with pytest.raises(TargetError, match=message):
             Target.open(path)
 
 

@@ -1,5 +1,6 @@
 """Classifiers whose weights lie in files of their own, and graphs on their way to a file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,31 @@ def test_save_graph_above_the_threshold_writes_one_data_file(tmp_path: Path) -> 
     reopened = Target.open(tmp_path / "a" / "tapped.onnx")
     save_graph(reopened.load_graph(), tmp_path / "whole.onnx")
     assert np.array_equal(expected[0], run_batched(open_session(tmp_path / "whole.onnx"), images, None, None)[0])
+
+
+def test_a_save_that_fails_leaves_the_graph_and_its_data_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Target.open(models.save(models.plain_cnn(), tmp_path / "first.onnx")).load_graph()
+    second = Target.open(models.save(models.preact_resnet(), tmp_path / "second.onnx")).load_graph()
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_graph(first, folder / "graph.onnx", external_above=1000)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"graph.onnx", "graph.onnx.data"}
+
+    def fail(model: ir.Model) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ir, "to_proto", fail)
+        with pytest.raises(TargetError, match=r"cannot be written .*No space left"):
+            save_graph(second, folder / "graph.onnx", external_above=1000)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_graph(second, folder / "graph.onnx", external_above=1000)
+    assert {path.name for path in folder.iterdir()} == set(before)
+    assert all((folder / name).read_bytes() != content for name, content in before.items())
+
+
+def test_a_file_name_that_is_not_utf_8_asks_for_another(tmp_path: Path) -> None:
+    path = models.save(models.plain_cnn(), tmp_path / os.fsdecode(b"\xff.onnx"))
+    with pytest.raises(TargetError, match="not UTF-8; rename the file"):
+        Target.open(path)

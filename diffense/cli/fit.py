@@ -54,7 +54,7 @@ def command(
     mean: Annotated[str | None, typer.Option(help="Subtracted after scaling; one number or one a channel.")] = None,
     std: Annotated[str | None, typer.Option(help="Divided by after the mean; one number or one a channel.")] = None,
     layout: Annotated[Layout | None, typer.Option(help="Layout of the graph's input, where it is ambiguous.")] = None,
-    seed: Annotated[int, typer.Option(help="Of split, noise bank and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of split, noise bank and training.")] = 0,
     sigmas: Annotated[str | None, typer.Option(help="Noise levels, comma-separated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoiser calls in sequence.")] = 1,
     draws: Annotated[int, typer.Option(min=2, help="Noises a level, even.")] = 2,
@@ -67,6 +67,17 @@ def command(
     from diffense.target import Target
 
     console = Console(stderr=True)
+    settings = FitSettings(
+        alpha=alpha,
+        network=network.value,
+        guide=guide.value,
+        seed=seed,
+        sigmas=parse_floats("--sigmas", sigmas) or FitSettings.sigmas,
+        steps=steps,
+        draws=draws,
+        label_guidance=label_guidance,
+        data_guidance=data_guidance,
+    )
     opened = Target.open(
         target, logits=logits, size=parse_size(size) if size else None, layout=layout.value if layout else None
     )
@@ -80,20 +91,6 @@ def command(
         raise OptionError(f"--scale, --mean or --std: {error.errors()[0]['msg']}") from error
     loaded = load_images(images, preprocessing.size, preprocessing.channels)
     note_skipped(console, loaded)
-    levels = FitSettings.sigmas if sigmas is None else parse_floats("--sigmas", sigmas)
-    if draws % 2 or not levels:
-        raise OptionError(f"--draws is {draws} and must be even; --sigmas is {sigmas!r} and must name a level")
-    settings = FitSettings(
-        alpha=alpha,
-        network=network.value,
-        guide=guide.value,
-        seed=seed,
-        sigmas=levels,
-        steps=steps,
-        draws=draws,
-        label_guidance=label_guidance,
-        data_guidance=data_guidance,
-    )
     bar = Progress(TextColumn("learning"), BarColumn(), TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty())
     with bar:
         task = bar.add_task("learning", total=None, visible=False)
