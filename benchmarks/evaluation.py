@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.cache import hash_file
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
 from benchmarks.inspection import inspect_images, score_inspected, take
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
-from benchmarks.rivals import CLOSED_FORM, measure_closed_form, measure_peer
+from benchmarks.peer_figures import CLOSED_FORM, measure_closed_form, measure_peer
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import count_calibration, split_rows
@@ -29,12 +30,14 @@ class Evaluated:
         clean: the defender's images.
         evaluation: clean evaluation images.
         triggered: (T, H, W, C) attacked evaluation images with the trigger on.
+        attacked: (T,) their rows among the evaluation images.
     """
 
     target: TrainedTarget
     clean: Images
     evaluation: Images
     triggered: Pixels
+    attacked: NDArray[np.int64]
 
 
 def prepare_cell(cell: Cell, clean_per_class: int | None, progress: Callable[[str], None], seed: int = 0) -> Evaluated:
@@ -45,7 +48,7 @@ def prepare_cell(cell: Cell, clean_per_class: int | None, progress: Callable[[st
     if clean_per_class is not None:
         clean = clean.take(pick_per_class(clean.labels, clean_per_class, np.random.default_rng(seed)))
     rows = target.attack.attacked(split.evaluation.labels)
-    return Evaluated(target, clean, split.evaluation, target.attack.trigger(split.evaluation.pixels[rows]))
+    return Evaluated(target, clean, split.evaluation, target.attack.trigger(split.evaluation.pixels[rows]), rows)
 
 
 def evaluate_cell(
@@ -89,6 +92,8 @@ def evaluate_cell(
     scores = {name: score_inspected(guard, views[name]) for name in ("clean", "triggered")}
     reached = views["triggered"].logits.argmax(1) == found.target.attack.target
     right = views["clean"].logits.argmax(1) == found.evaluation.labels
+    # What reaches the label without a trigger is misclassified and not attacked; weak attacks have many such images.
+    turned = reached & (views["clean"].logits.argmax(1)[found.attacked] != found.target.attack.target)
     detection = measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], reached)
     row = {
         "dataset": cell.dataset,
@@ -111,6 +116,8 @@ def evaluate_cell(
         "n_clean_calibration": guard.manifest.calibration_size,
         "n_clean_eval": len(found.evaluation),
         "n_triggered": len(found.triggered),
+        "n_turned": int(turned.sum()),
+        "auroc_turned": measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], turned).auroc,
         "network": guard.manifest.network.model_dump(),
         "fit_s": round(fit_seconds, 1),
         "score_ms": round(score_ms, 3),

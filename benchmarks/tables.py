@@ -10,9 +10,9 @@ from typing import Final
 
 from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
+from benchmarks.peer_figures import CLOSED_FORM
 from benchmarks.peers.published import PUBLISHED
 from benchmarks.records import DETECTION, SHIFT, VARIANTS, Row, read_rows
-from benchmarks.rivals import CLOSED_FORM
 from benchmarks.settings import RESULTS
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
@@ -96,19 +96,24 @@ def list_peers(rows: list[Row]) -> list[str]:
 
 
 def render_peers(rows: list[Row], figure: str) -> list[str]:
-    """Cells by peers, the guard first; the last line is each one's mean, with the number of cells where it lacks some."""
+    """Cells by peers, the guard first; then each one's mean, and the guard's on the cells that the peer has."""
     names = list_peers(rows)
     lines = ["| cell | Diffense | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
     for row in sort_rows(rows):
         found = [show(find_figure(row, name, figure)) for name in names]
         lines.append(f"| {name_cell(row)} | {show(row[figure])} | " + " | ".join(found) + " |")
     own = [row[figure] for row in rows if row[figure] is not None]
-    means = []
+    means, beside = [], []
     for name in names:
         figures = [find_figure(row, name, figure) for row in rows]
         count = sum(f is not None for f in figures)
         means.append(show(average(figures)) + ("" if count >= len(own) else f" ({count} cells)"))
-    return [*lines, f"| mean | {show(average(own))} | " + " | ".join(means) + " |"]
+        beside.append(show(average(row[figure] for row, found in zip(rows, figures, strict=True) if found is not None)))
+    return [
+        *lines,
+        f"| mean | {show(average(own))} | " + " | ".join(means) + " |",
+        "| Diffense on the same cells | | " + " | ".join(beside) + " |",
+    ]
 
 
 def render_published(rows: list[Row]) -> list[str]:
@@ -181,6 +186,26 @@ def find_network(row: Row) -> tuple[str, str, str, int]:
     return row["dataset"], row["attack"], row["target"], row["seed"]
 
 
+def render_turned(rows: list[Row]) -> list[str]:
+    """Of the triggered images that reach the label those that do so because of the trigger, where a row tells them apart."""
+    told = [row for row in rows if row.get("n_turned") is not None and row["attack"] in MATRIX]
+    if not told:
+        return []
+    lines = ["| cell | target | reach the label | turned by the trigger | AUROC | AUROC of those |", "| --- |" + " --- |" * 5]
+    for row in sort_rows(told):
+        count = round(row["asr_before"] * row["n_triggered"])
+        lines.append(
+            f"| {name_cell(row)} | {row['target']} | {count} | {row['n_turned']} | {show(row['auroc'])} "
+            f"| {show(row['auroc_turned'])} |"
+        )
+    note = (
+        "Some images reach the attacker's label without the trigger: the target misclassifies them. All figures above count "
+        "them, as attacks are counted in the literature; with a weak attack (HTBA) they are many. Rows from before this was "
+        "recorded do not tell."
+    )
+    return ["", "## Turned by the trigger", "", note, "", *lines]
+
+
 def render_beside(title: str, rows: list[Row]) -> list[str]:
     """A section of targets beside the thirty cells, with their own commits and machines."""
     return ["", f"## {title}", "", describe_runs(rows), "", *render_matrix(rows)] if rows else []
@@ -241,8 +266,11 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         "## Peers: AUROC",
         "",
-        "Same targets, images and calibration split. `latent_all` joins every peer without a network on the guard's taps, "
-        "bands and rule; `latent_all_doubt` excuses doubt as the guard does. `msp` flags low confidence.",
+        "Same targets, evaluation images and calibration split; STRIP, TeCo and BaDExpert see the first 500 of each. The guard "
+        "is fitted on the fit images and on changed copies of them, peers on the images alone. `latent_all` joins every peer "
+        "without a network on the guard's taps, bands and rule; `latent_all_doubt` excuses doubt as the guard does. `msp` "
+        "flags low confidence. The figures of `rmd`, and of `ibdpsc` on the sets up to 32 x 32, are of code that has been mended "
+        "since: docs/detection.md.",
         "",
         *render_peers(poisoned, "auroc"),
         "",
@@ -261,6 +289,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     parts += render_published(poisoned)
     others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
     parts += render_beside("Other networks, other target seeds", others)
+    parts += render_turned(rows)
     parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
@@ -307,8 +336,10 @@ def sum_up(rows: list[Row]) -> str:
     found = {"Diffense": [float(row["auroc"]) for row in rows]}
     for name in SUMMED_UP:
         found[name] = [figure for row in rows if (figure := find_figure(row, name, "auroc")) is not None]
+    plain = [float(row["auroc"]) for row in rows if row["attack"] != "htba"]
     said = "; ".join(f"{name} {mean(own):.5f}, {min(own):.4f}" for name, own in found.items() if own)
-    return f"AUROC, mean and worst of the {len(rows)} cells with figures: {said}."
+    beside = f" Diffense in the {len(plain)} without HTBA: {mean(plain):.5f}, {min(plain):.4f}." if plain else ""
+    return f"AUROC, mean and worst of the {len(rows)} cells with figures: {said}.{beside}"
 
 
 if __name__ == "__main__":

@@ -239,10 +239,21 @@ def _count_weight_bytes(model: ir.Model) -> int:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
+    initializers = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    for tensor in (*initializers, *_list_constants(model)):
+        if isinstance(tensor, ir.ExternalTensor):
+            yield tensor
+
+
+def _list_constants(model: ir.Model) -> Iterator[object]:
+    """The tensors that nodes hold as attributes, in functions and in inner graphs too."""
+    functions = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *functions):
+        for attribute in node.attributes.values():
+            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value
+            elif isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSORS:
+                yield from attribute.as_tensors()
 
 
 def _check_external(path: Path, model: ir.Model) -> None:

@@ -71,7 +71,7 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     assert f"{stored['auroc']:.4f}" in tables.render_summary([stored])
     more = tables.render_page([stored, stored | {"seed": 1}, stored | {"target": "convnext"}], [], [])
     first, others = more.split("## Other networks, other target seeds")
-    assert "1 of 30 cells" in first and first.count("Shapes, BadNets") == page.count("Shapes, BadNets")
+    assert "1 of 30 cells" in first and first.count("Shapes, BadNets") == page.split("## Turned")[0].count("Shapes, BadNets")
     assert "| small_cnn, seed 1 |" in others and "| convnext |" in others and "Target seed 0," in first
     second = stored | {"again": 1}
     records.write_detection(second)
@@ -222,8 +222,18 @@ def test_the_summary_tells_mean_and_worst_of_guard_closed_form_and_strongest_pee
     rows = [make_row(peers=peers), make_row(auroc=0.97, peers={}), make_row(auroc=None)]
     assert tables.sum_up(rows) == (
         "AUROC, mean and worst of the 2 cells with figures: Diffense 0.98000, 0.9700; closed_form 0.97500, 0.9700; "
-        "latent_all_doubt 0.95000, 0.9500."
+        "latent_all_doubt 0.95000, 0.9500. Diffense in the 2 without HTBA: 0.98000, 0.9700."
     )
+    weak = tables.sum_up([*rows, make_row(auroc=0.5, peers={}, attack="htba")])
+    assert weak.endswith("Diffense in the 2 without HTBA: 0.98000, 0.9700.")
+
+
+def test_images_that_reach_the_label_without_the_trigger_are_told_apart():
+    row = make_row(asr_before=0.29, n_triggered=100, n_turned=11, auroc_turned=0.981, attack="htba", auroc=0.964)
+    lines = tables.render_turned([row, make_row()])
+    assert sum(line.startswith("| ") for line in lines) == 3  # head, rule and the one row that tells
+    assert lines[-1].endswith("| 29 | 11 | 0.9640 | 0.9810 |")
+    assert tables.render_turned([make_row()]) == []
 
 
 def test_committed_results_have_the_keys_that_readers_expect():

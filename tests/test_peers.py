@@ -191,3 +191,29 @@ def test_training_batches_cover_all_rows_and_none_is_single(count):
     assert sorted(np.concatenate(batches)) == list(range(count))
     assert min(map(len, batches)) > 1 and max(map(len, batches)) <= 65
     assert move(torch.rand(2, 3, 16, 16)).shape == (2, 3, 16, 16)
+
+
+def test_a_far_off_input_is_never_more_normal_than_the_clean_ones(world):
+    """One intensity of shrinkage for each of RMD's two covariances made the second the smaller one, and scores fell."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, KINDS, 60)
+    latents = np.zeros((60, 1, 30), np.float32)
+    latents[:, 0, :4] = 20 * np.eye(4)[labels]
+    latents += generator.standard_normal(latents.shape).astype(np.float32) * 0.9 ** np.arange(30)
+    logits = (10 * np.eye(KINDS)[labels]).astype(np.float32)
+    clean = replace(world[3], latents=latents, logits=logits)
+    peer = make_peer("rmd")
+    peer.fit(world[0], clean, labels)
+    far = latents.copy()
+    far[:30, 0] += 1e3 * np.eye(30, dtype=np.float32)
+    scores = peer.score(world[0], replace(clean, latents=far))
+    assert scores[:30].min() > scores[30:].max()
+
+
+def test_ibdpsc_is_not_defined_where_amplifying_does_no_harm(world):
+    steady = Tiny()
+    torch.nn.init.zeros_(steady.head.weight)
+    with torch.no_grad():
+        steady.head.bias.copy_(torch.arange(KINDS, 0, -1))
+    with pytest.raises(OptionError, match=r"with all 4 of this network 0% do"):
+        make_peer("ibdpsc").fit(Model(steady.eval(), KINDS), world[1], np.zeros(240, np.int64))

@@ -62,6 +62,24 @@ def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -
         Target.open(path)
 
 
+def test_external_data_of_a_constant_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = models.save(models.plain_cnn(), folder / "target.onnx")
+    model = onnx.load(path)
+    moved = model.graph.initializer[0]
+    outside = tmp_path / "secret.bin"
+    outside.write_bytes(onnx.numpy_helper.to_array(moved).tobytes())
+    held = onnx.TensorProto(name=moved.name, data_type=moved.data_type, dims=moved.dims)
+    held.data_location = onnx.TensorProto.EXTERNAL
+    held.external_data.add(key="location", value="../secret.bin")
+    model.graph.initializer.remove(moved)
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [moved.name], value=held))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(TargetError, match="outside the folder"):
+        Target.open(path)
+
+
 def test_save_graph_writes_the_same_bytes_and_leaves_the_model_alone(tmp_path: Path) -> None:
     target = Target.open(models.save(models.vit(), tmp_path / "target.onnx"))
     for name in ("a", "b"):

@@ -1,4 +1,4 @@
-"""The rival detectors, one file each, behind one interface. Adding one: a file, and a line in `PEERS`."""
+"""The peers: other detectors, one file each, behind one interface. Adding one: a file, and a line in `PEERS`."""
 
 from collections.abc import Callable
 from typing import Final

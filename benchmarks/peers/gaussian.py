@@ -18,7 +18,8 @@ class ClassGaussians:
     Attributes:
         used: (W,) entries that move on clean images.
         means: (C, W).
-        root: (w, w) with ``root root' = S^-1`` on the used entries.
+        covariance: S, (w, w), of the used entries.
+        root: (w, w) with ``root root' = S^-1``.
     """
 
     def __init__(self, latents: Matrix, logits: Matrix) -> None:
@@ -26,7 +27,8 @@ class ClassGaussians:
         self.used = latents.any(axis=0)
         self.means = average_by_label(latents, one_hot(logits), latents.mean(axis=0))
         residual = latents - self.means[logits.argmax(axis=1)]
-        self.root = invert_root(shrink_covariance(residual[:, self.used]))
+        self.covariance = shrink_covariance(residual[:, self.used])
+        self.root = invert_root(self.covariance)
 
     def measure(self, latents: Matrix, logits: Matrix) -> Matrix:
         """Squared Mahalanobis distance to the predicted class, (N, W) -> (N,)."""

@@ -23,7 +23,7 @@ class IbdPsc:
 
     ``f_k``: weight and bias of the last k batch-norm layers times 1.5. k is the smallest count at which more than 60 % of clean
     labelled images go wrong; the score is the mean over ``f_k .. f_(k+4)`` of the probability of the label that the untouched
-    target gives. Fewer copies where the network has fewer layers left; if no k reaches the error, the last five.
+    target gives. Fewer copies where the network has fewer layers left.
     """
 
     name, title, cheap = "ibdpsc", "IBD-PSC", True
@@ -32,18 +32,24 @@ class IbdPsc:
         """Find k and make the amplified copies; the target is left as it is.
 
         Raises:
-            OptionError: the network has no batch norm.
+            OptionError: the network has no batch norm, or no k reaches the error: the paper defines no score then.
         """
         images, truth = clean.images[:IMAGES], labels[:IMAGES]
         norms = order_norms(model, clean)
-        first = max(1, len(norms) - COPIES + 1)
+        first, largest = 0, 0.0
         for count in range(1, len(norms) + 1):
             copied = amplify(model, norms, count)
-            wrong = copied.predict(images).argmax(axis=1) != truth
+            wrong = float((copied.predict(images).argmax(axis=1) != truth).mean())
             model.forwards += copied.forwards
-            if wrong.mean() > ERROR:
+            largest = max(largest, wrong)
+            if wrong > ERROR:
                 first = count
                 break
+        if not first:
+            raise OptionError(
+                f"IBD-PSC amplifies batch norms until {ERROR:.0%} of clean images go wrong, and with all {len(norms)} of this "
+                f"network {largest:.0%} do; leave it out"
+            )
         self.copies = [amplify(model, norms, count) for count in range(first, min(first + COPIES, len(norms) + 1))]
 
     def score(self, model: Model, inspected: Inspected) -> Matrix:

@@ -1,4 +1,4 @@
-"""The latent rivals: distances, ratios, posteriors and ranks on the guard's own taps, bands and rule of combination.
+"""The latent peers: distances, ratios, posteriors and ranks on the guard's own taps, bands and rule of combination.
 
 "Diffense without a network": log evidence, cross-fitted clean statistics, the guard's rule.
 n clean rows, W = K d latent entries, E pieces of evidence.

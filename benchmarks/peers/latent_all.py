@@ -1,4 +1,4 @@
-"""All latent rivals at once."""
+"""All latent peers at once."""
 
 from typing import Any
 

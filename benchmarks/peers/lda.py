@@ -25,5 +25,5 @@ class Posterior(Family[Discriminants]):
 
 
 def make() -> LatentPeer:
-    """The third rival of feasibility.md, section 6: mismatch by discriminants, Diffense's rule."""
+    """Mismatch by discriminants, Diffense's rule."""
     return LatentPeer("lda", "LDA posterior", Posterior())

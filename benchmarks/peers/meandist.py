@@ -5,5 +5,5 @@ from benchmarks.peers.latent import LatentPeer
 
 
 def make() -> LatentPeer:
-    """The first rival of feasibility.md, section 6: strangeness by class means, Diffense's bands and rule."""
+    """Strangeness by class means, Diffense's bands and rule."""
     return LatentPeer("meandist", "Class-mean distance", DistanceFamily("strangeness"))

@@ -5,5 +5,5 @@ from benchmarks.peers.latent import LatentPeer
 
 
 def make() -> LatentPeer:
-    """The second rival of feasibility.md, section 6: mismatch by class means, Diffense's rule."""
+    """Mismatch by class means, Diffense's rule."""
     return LatentPeer("ratio", "Own/other ratio", DistanceFamily("mismatch"))

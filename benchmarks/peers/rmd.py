@@ -4,14 +4,14 @@ import numpy as np
 
 from benchmarks.peers.base import Inspected, Labels, Matrix, Model
 from benchmarks.peers.gaussian import ClassGaussians, invert_root, join_taps
-from diffense.chain import shrink_covariance
 
 
 class Rmd:
     """Ren et al., 2021, "A simple fix to Mahalanobis distance for improving near-OOD detection" (arXiv 2106.09022).
 
     ``(z - mu_c)' S^-1 (z - mu_c) - (z - mu)' S_0^-1 (z - mu)``: the distance to the predicted class less the distance to one
-    Gaussian of all clean latents.
+    Gaussian of all clean latents. S_0 is S and the scatter of the class means, as in the unshrunk sample: each shrunk by an
+    intensity of its own, S_0 would be the smaller one in directions of little variance, and far-off inputs the most normal.
     """
 
     name, title, cheap = "rmd", "RMD", True
@@ -21,7 +21,10 @@ class Rmd:
         latents = join_taps(clean)
         self.gaussians = ClassGaussians(latents, clean.logits.astype(np.float64))
         self.mean = latents.mean(axis=0)
-        self.root = invert_root(shrink_covariance((latents - self.mean)[:, self.gaussians.used]))
+        means = self.gaussians.means[clean.logits.argmax(axis=1)] - self.mean
+        between = means.T @ means / len(means)
+        used = np.ix_(self.gaussians.used, self.gaussians.used)
+        self.root = invert_root(self.gaussians.covariance + between[used])
 
     def score(self, model: Model, inspected: Inspected) -> Matrix:
         """No forward pass besides the target's own."""

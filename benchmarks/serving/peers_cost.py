@@ -1,8 +1,8 @@
-"""What the guard and its rivals cost beyond the prediction itself, in forward passes and in time, on one machine in one run.
+"""What the guard and its peers cost beyond the prediction itself, in forward passes and in time, on one machine in one run.
 
 usage: python -m benchmarks.serving.peers_cost [--dataset cifar10] [--attack wanet] [--peers strip,ibdpsc]
 
-Writes benchmarks/results/peers_cost.json. The guard runs in onnxruntime, the rivals on the torch network, so each is divided
+Writes benchmarks/results/peers_cost.json. The guard runs in onnxruntime, the peers on the torch network, so each is divided
 by one prediction of its own runtime, timed in turns with it.
 """
 
