@@ -289,7 +289,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     parts += render_published(poisoned)
     others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
     parts += render_beside("Other networks, other target seeds", others)
-    parts += render_turned(rows)
+    parts += render_turned([*rows, *variants])
     parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
     parts += render_shifts(shifts)
     if variants:
