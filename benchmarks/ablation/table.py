@@ -89,7 +89,7 @@ def render_page(rows: list[Row]) -> str:
         "",
         "Each line is the default with one part changed, four draws unless it says so (the guard takes two since these were "
         "measured: docs/decisions/0028). At most 3,000 clean and 3,000 triggered evaluation images a cell; "
-        "mean over the guard's seeds ± half the range.",
+        "mean over the guard's seeds ± half the range, which is missing where there is one seed.",
         "",
         "## AUROC",
         "",
