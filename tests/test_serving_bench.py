@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,19 @@ def test_an_export_is_measured_kept_and_shown(
     assert ("## With the stand-in" in page) == (first["backend"] == "stand-in") and "## On a GPU" not in page
     assert (tmp_path / "serving.png").stat().st_size > 1000 and not (tmp_path / "serving_time.png").exists()
     capsys.readouterr()
+
+
+def test_two_tools_stand_side_by_side_where_commit_and_machine_are_one() -> None:
+    row: dict[str, Any] = {
+        "target": "tiny", "placement": "shared", "loop": "direct", "gateway": False, "accelerator": "none", "protocol": "grpc",
+        "batch": 8, "concurrency": 1, "shared_memory": False, "backend": "C++", "machine": "m", "commit": "a",
+        "tool": "perf_analyzer", "unguarded": {"p50_ms": 2.0}, "guarded": {"p50_ms": 3.0}, "p50_ratio": 1.5,
+        "throughput_ratio": 0.7,
+    }  # fmt: skip
+    twin = row | {"tool": "builtin", "unguarded": {"p50_ms": 2.5}, "p50_ratio": 1.2}
+    lines = table.render_tools([row, twin, row | {"commit": "b"}, row | {"batch": 1}])[2:]
+    assert lines == ["| tiny | shared | direct | 8 | 1 | 2 | 2.5 | 3 | 3 | 1.50 | 1.20 | 0.70 | 0.70 | C++, a |"]
+    assert table.render_tools([row, twin | {"machine": "n"}])[2:] == []
 
 
 def test_unknown_names_are_told() -> None:

@@ -4,7 +4,7 @@ usage: python -m benchmarks.serving.table [--summary]    (--summary prints the R
 """
 
 import sys
-from typing import Final
+from typing import Any, Final
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -29,6 +29,10 @@ COLOURS: Final = dict(
         strict=True,
     )
 )
+SCENARIO: Final = (
+    "target", "placement", "loop", "gateway", "accelerator", "protocol", "batch", "concurrency", "shared_memory", "backend",
+    "machine",
+)  # fmt: skip
 FIGURES: Final = ("p50_ms", "p99_ms", "throughput")
 BACKEND: Final = (
     "Measured on the server of nvidia-pytriton with Triton's own C++ onnxruntime backend, compiled by "
@@ -92,6 +96,14 @@ def render_page(rows: list[Row]) -> str:
         f"{list_commits([row for _, row in floor.match_rows(floors, served)])}.",
         "",
         *floor.render_table(floors, served),
+        "",
+        "## Two load generators",
+        "",
+        "perf_analyzer and the built-in one of `diffense bench`, one after the other on the same commit and machine: without",
+        "`--perf-analyzer` `python -m benchmarks.serving` takes the second. They differ by as much as one of them from run to",
+        "run, some 10 %.",
+        "",
+        *render_tools(rows),
         "",
         "## Where the time goes",
         "",
@@ -162,6 +174,30 @@ def pick_backend(rows: list[Row], backend: str) -> list[Row]:
 def keep_backend(rows: list[Row]) -> list[Row]:
     """The rows of the C++ backend on a CPU, those of the stand-in where there are none."""
     return pick_backend(rows, "C++") or pick_backend(rows, "stand-in")
+
+
+def render_tools(rows: list[Row]) -> list[str]:
+    """What both tools say of the same scenario, where both were run on one commit and machine."""
+    other = {(*find_scenario(row), row["commit"]): row for row in rows if row["tool"] == "builtin"}
+    lines = [
+        "| target | placement | loop | batch | under way | plain p50, ms: perf_analyzer | built-in | guarded | built-in "
+        "| p50 ratio | built-in | throughput ratio | built-in | backend, commit |",
+        "| --- |" + " --- |" * 13,
+    ]
+    for row in rows:
+        twin = other.get((*find_scenario(row), row["commit"]))
+        if row["tool"] == "builtin" or twin is None:
+            continue
+        named = [row["target"], row["placement"], row["loop"], str(row["batch"]), str(row["concurrency"])]
+        times = [f"{one[part]['p50_ms']:.4g}" for part in ("unguarded", "guarded") for one in (row, twin)]
+        ratios = [f"{one[ratio]:.2f}" for ratio in ("p50_ratio", "throughput_ratio") for one in (row, twin)]
+        lines.append("| " + " | ".join([*named, *times, *ratios, f"{row['backend']}, {row['commit']}"]) + " |")
+    return lines
+
+
+def find_scenario(row: Row) -> tuple[Any, ...]:
+    """What was measured and where, but for the tool."""
+    return tuple(row[name] for name in SCENARIO)
 
 
 def keep_tool(rows: list[Row]) -> list[Row]:
