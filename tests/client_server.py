@@ -96,7 +96,14 @@ def serve_http(served: Served) -> Iterator[str]:
         def log_message(self, *values: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with run_http(Handler) as address:
+        yield address
+
+
+@contextmanager
+def run_http(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a server of this handler; gives its host:port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

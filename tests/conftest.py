@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -98,3 +99,15 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(ended.value.code or 0), printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fresh() -> NDArray[np.uint8]:
+    """(2000, 16, 16, 3) clean images that neither classifier nor guard has seen."""
+    return shapes.draw_shapes(2000, seed=7)[0]
+
+
+@pytest.fixture
+def bundle(guard: Guard, tmp_path: Path) -> Path:
+    """A copy of the guard's bundle, to be changed."""
+    return Path(shutil.copytree(guard.directory, tmp_path / "guard"))

@@ -1,8 +1,7 @@
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from client_repository import (
     shared_repository,
     trigger,
 )
+from client_server import run_http
 from diffense.errors import (
     BadInputError,
     ClientError,
@@ -234,18 +234,11 @@ async def test_other_http_servers_never_break_the_error_tree(status: int, body: 
         def log_message(self, *values: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"127.0.0.1:{server.server_port}"
-            with GuardClient(url, MODEL, "http", retries=1) as client, pytest.raises(error) as told:
-                client.infer(make_pixels(1))
-            async with AsyncGuardClient(url, MODEL, "http", retries=1) as twin:
-                with pytest.raises(error) as told_twin:
-                    await twin.infer(make_pixels(1))
-        finally:
-            server.shutdown()
-            thread.join()
+    with run_http(Handler) as url:
+        with GuardClient(url, MODEL, "http", retries=1) as client, pytest.raises(error) as told:
+            client.infer(make_pixels(1))
+        async with AsyncGuardClient(url, MODEL, "http", retries=1) as twin:
+            with pytest.raises(error) as told_twin:
+                await twin.infer(make_pixels(1))
     assert str(told.value) == str(told_twin.value)
     assert str(told.value).isprintable()

@@ -1,5 +1,6 @@
 """Runs work that may hang, for a limited time, and leaves it alone for a while when it keeps failing."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class Budget:
         self._lock = threading.Lock()
         self._strikes, self._rest_until = 0, 0.0
 
-    def run(self, work: Callable[[float], T], seconds: float | None = None) -> T:
+    def run(self, work: Callable[[float], T], seconds: float = math.inf) -> T:
         """Run ``work(deadline)`` in a worker thread; what comes too late is dropped.
 
         Args:
@@ -54,7 +55,7 @@ class Budget:
         with self._lock:
             if self._strikes >= STRIKES and self.clock() < self._rest_until:
                 raise OverBudgetError("resting")
-        limit = self.seconds if seconds is None else min(seconds, self.seconds)
+        limit = min(seconds, self.seconds)
         future = self._pool.submit(work, self.clock() + limit)
         try:
             result = future.result(timeout=limit)
