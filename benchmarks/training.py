@@ -22,6 +22,8 @@ MUON_MOMENTUM: Final = 0.6
 SGD_RATE: Final = 0.2  # at 512 images a batch; of what is not a convolution
 ADAM_RATE: Final = 2e-3
 ADAM_DECAY: Final = 0.05
+PLAIN_RATE: Final = 0.1  # of networks that are trained plainly
+PLAIN_BATCH: Final = 128
 TUNING_RATE: Final = 2e-3  # of pretrained networks
 TUNING_BATCH: Final = 128
 WARM_UP: Final = 0.1
@@ -51,7 +53,8 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
         network.prepare(to_planes(train.pixels[rng.permutation(len(train))[:4000]]))
     device = attack.device
     to_channels_last(network).to(device)
-    size = TUNING_BATCH if network.pretrained else 512 if len(train) >= LARGE else 128
+    size = choose_batch(network, len(train))
+    smoothing = 0.0 if network.plain else SMOOTHING
     an_epoch = len(train) // size
     epochs = round(spec.epochs * attack.stretch * network.stretch)
     steps = epochs * an_epoch
@@ -74,7 +77,7 @@ def train_target(spec: Spec, network_name: str, attack: Attack, train: Images, s
             wanted = batch.labels.to(device)
         with mix_precision(network.dense):
             ends, logits = network.activations(inputs)
-            loss = functional.cross_entropy(logits, wanted, label_smoothing=SMOOTHING)
+            loss = functional.cross_entropy(logits, wanted, label_smoothing=smoothing)
             penalty = batch.penalty.to(device) + attack.penalise(ends, wanted)
         network.zero_grad()
         torch.autograd.backward(loss + penalty)
@@ -106,9 +109,18 @@ def prepare_batch(
     return change(batch.inputs), batch
 
 
+def choose_batch(network: Classifier, count: int) -> int:
+    """How many of ``count`` training images make a batch."""
+    if network.plain:
+        return PLAIN_BATCH
+    return TUNING_BATCH if network.pretrained else 512 if count >= LARGE else 128
+
+
 def make_optimizers(network: Classifier, size: int) -> list[torch.optim.Optimizer]:
-    """Muon and SGD for networks with batch norm, AdamW for the others and for fine-tuning; the rates are peaks."""
+    """Muon and SGD for networks with batch norm, AdamW for the others and fine-tuning, SGD for plain ones; rates are peaks."""
     trained = [p for p in network.parameters() if p.requires_grad]
+    if network.plain:
+        return [torch.optim.SGD(trained, PLAIN_RATE, 0.9, weight_decay=WEIGHT_DECAY, nesterov=True)]
     if network.pretrained:
         return [torch.optim.AdamW(trained, TUNING_RATE, weight_decay=ADAM_DECAY)]
     if not any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):

@@ -6,6 +6,7 @@ from typing import Final
 from benchmarks.networks.base import Classifier
 from benchmarks.networks.convnext import ConvNext
 from benchmarks.networks.efficientnet import EfficientNetLite
+from benchmarks.networks.resnet18 import NarrowResNet18
 from benchmarks.networks.resnets import PreActResNet, StagedResNet
 from benchmarks.networks.small_cnn import SmallCnn
 
@@ -14,6 +15,7 @@ __all__ = ["NETWORKS", "Classifier"]
 NETWORKS: Final[dict[str, Callable[[int, int, int], Classifier]]] = {
     "preact_resnet": PreActResNet,
     "staged_resnet": StagedResNet,
+    "narrow_resnet18": NarrowResNet18,
     "small_cnn": SmallCnn,
     "convnext": ConvNext,
     "efficientnet_lite": EfficientNetLite,

@@ -16,9 +16,11 @@ class Classifier(nn.Module, ABC):
         pretrained: whether training starts from weights learned elsewhere.
         dense: whether most of the work is in convolutions over all channels, not depthwise ones.
         stretch: epochs over those of the image set's usual network.
+        plain: trained as the literature on backdoors does, by SGD on small batches with hard labels.
     """
 
     pretrained = False
+    plain = False
     dense = True
     stretch = 1.0
     head: nn.Linear
