@@ -10,6 +10,7 @@ from diffense.serving.guard import GuardService
 from diffense.serving.meter import Meter
 from diffense.serving.settings import GatewayOptions, Wiring
 from diffense.serving.stream import StreamService
+from diffense.serving.turn import Turn
 from fake_triton import FakeBackend, Request, TritonError
 
 VERDICTS = list(names.VERDICT_TENSORS)
@@ -79,11 +80,11 @@ class ServedFamily:
     def gateway_service(self, options=None, wiring=WIRING, clock=None, **models):
         backend = self.make_backend(wiring, **models)
         more = {"clock": clock} if clock else {}
-        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"), **more)
+        return backend, GatewayService(backend, wiring, options or GatewayOptions(), Meter(backend, "m"), Turn(None), **more)
 
     def stream_service(self, wiring=WIRING, **models):
         backend = self.make_backend(wiring, **models)
-        return backend, StreamService(backend, wiring, Meter(backend, "m"))
+        return backend, StreamService(backend, wiring, Meter(backend, "m"), Turn(None))
 
     def make_backend(self, wiring=WIRING, **models):
         _, inner = self.guard_service(wiring)

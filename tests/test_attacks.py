@@ -13,7 +13,7 @@ from benchmarks.attacks.base import to_pixels, to_planes
 from benchmarks.datasets import Images
 from benchmarks.networks import NETWORKS
 from benchmarks.networks.efficientnet import EfficientNetLite, read_weights
-from benchmarks.training import FilterMuon, augment, make_optimizers, prepare_batch, train_target
+from benchmarks.training import FilterMuon, augment, choose_batch, make_optimizers, prepare_batch, train_target
 from diffense.errors import OptionError
 from shapes import draw_shapes
 
@@ -107,7 +107,7 @@ def test_networks_give_their_logits_and_block_ends(name, channels, side):
         network.eval()
         ends, logits = network.activations(images)
         assert torch.equal(network(images), logits) and logits.shape == (40, 7)
-        assert 6 <= len(ends) <= 8 and ends[-1].shape == (40, network.head.in_features)
+        assert 6 <= len(ends) <= 9 and ends[-1].shape == (40, network.head.in_features)
         torch.testing.assert_close(network.head(ends[-1]), logits)
 
 
@@ -120,6 +120,14 @@ def test_a_pretrained_network_starts_from_the_stored_weights_and_keeps_its_new_h
     assert torch.equal(network.stages[-1][0].units[-1].norm.running_var, stored["_blocks.15._bn2.running_var"])
     assert torch.equal(network.last.conv.weight, stored["_conv_head.weight"]) and torch.equal(network.head.weight, head)
     assert isinstance(make_optimizers(network, 32)[0], torch.optim.AdamW)
+
+
+def test_a_plain_network_is_trained_by_sgd_alone_on_small_batches():
+    network = NETWORKS["narrow_resnet18"](3, 7, 32)
+    (sgd,) = make_optimizers(network, 128)
+    assert isinstance(sgd, torch.optim.SGD) and choose_batch(network, 50000) == 128
+    assert sum(p.numel() for group in sgd.param_groups for p in group["params"]) == sum(p.numel() for p in network.parameters())
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()) == 20
 
 
 def test_filters_keep_their_length_and_turn_by_the_rate():

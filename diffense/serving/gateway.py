@@ -17,6 +17,7 @@ from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.policy import replace_outputs
 from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.serving.turn import Turn
 from diffense.serving.verdicts import VerdictRows
 
 
@@ -38,6 +39,7 @@ class GatewayService:
         wiring: the models behind the gateway.
         options: policy and budget.
         meter: where images without a verdict are counted, and verdicts that no guard's model counts.
+        turn: taken for as long as the models behind the gateway work for a batch.
         clock: seconds, monotonic.
     """
 
@@ -47,15 +49,18 @@ class GatewayService:
         wiring: Wiring,
         options: GatewayOptions,
         meter: Meter,
+        turn: Turn,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.backend, self.wiring, self.options, self.meter, self.clock = backend, wiring, options, meter, clock
+        self.backend, self.wiring, self.options, self.meter = backend, wiring, options, meter
+        self.turn, self.clock = turn, clock
         self.family = Family(backend, wiring, meter)
         self.budget = Budget(options.budget_ms / 1000, clock)
 
     def close(self) -> None:
         """Let go of calls that are still under way."""
         self.budget.close()
+        self.turn.close()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request of a batch, in order; whatever happens, each gets a response of its own."""
@@ -68,7 +73,9 @@ class GatewayService:
             except RefusedError as error:
                 responses[place] = refuse(self.backend, error)
         for jobs in stacks.values():
-            for job, response in zip(jobs, self._answer_stack(jobs), strict=True):
+            with self.turn:
+                answers = self._answer_stack(jobs)
+            for job, response in zip(jobs, answers, strict=True):
                 responses[job.place] = response
         return responses
 

@@ -13,6 +13,7 @@ SETTINGS_PARAMETER: Final = "diffense_settings"  # JSON, what the guard needs to
 POLICY_PARAMETER: Final = "diffense_policy"
 BUDGET_PARAMETER: Final = "diffense_budget_ms"
 CLOSED_PARAMETER: Final = "diffense_closed"
+AT_ONCE_PARAMETER: Final = "diffense_at_once"  # how many processes of a front work at a time
 DIRECT_KEY: Final = "direct"  # in the settings of that loop alone: code that does not know it refuses them at load
 RAW_PREFIX: Final = "diffense_raw_"  # production outputs on their way through the guard
 

@@ -17,6 +17,7 @@ from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs,
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.settings import Wiring
+from diffense.serving.turn import Turn
 from diffense.serving.verdicts import VerdictRows
 
 # Stacks whose verdict is under way while the next prediction is made. More wait in the server's queue, whose limit holds.
@@ -41,11 +42,14 @@ class StreamService:
         backend: the server's module.
         wiring: the models behind the stream.
         meter: where images without a verdict are counted, and verdicts that no guard's model counts.
+        turn: taken for as long as a prediction is made.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, backend: Any, wiring: Wiring, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
-        self.backend, self.wiring, self.meter, self.clock = backend, wiring, meter, clock
+    def __init__(
+        self, backend: Any, wiring: Wiring, meter: Meter, turn: Turn, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.backend, self.wiring, self.meter, self.turn, self.clock = backend, wiring, meter, turn, clock
         self.family = Family(backend, wiring, meter)
         self.budget = Budget(PATIENCE_S, clock)
         self._pool = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="diffense")
@@ -55,6 +59,7 @@ class StreamService:
         """Wait until every verdict that is under way has been sent."""
         self._pool.shutdown()
         self.budget.close()
+        self.turn.close()
 
     def answer(self, requests: Sequence[Any]) -> None:
         """Send the production outputs of a batch of requests; the verdicts follow from other threads.
@@ -84,7 +89,8 @@ class StreamService:
         try:
             # A copy: the request's own memory need not outlive this call.
             images = np.concatenate([job.images for job in jobs])
-            outputs, found = self.family.ask_production(images, jobs[0].request.trace())
+            with self.turn:
+                outputs, found = self.family.ask_production(images, jobs[0].request.trace())
             pieces = {name: split_rows(array, sizes) for name, array in outputs.items()}
             responses = [
                 respond(self.backend, job.request, {name: rows[place] for name, rows in pieces.items()})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from diffense.errors import ExportError
+from diffense.serving.settings import AT_ONCE_PARAMETER
 from diffense.target import TensorSpec
 
 try:
@@ -165,11 +166,13 @@ class ConfigWriter:
         Not for steps of an ensemble: where one refuses while another runs, Triton 2.51 gives its client no answer at all.
         Only a model that stacks requests has a limit, so a front that has one stacks them whatever runs its graphs.
         A model of few instances that has a limit leaves waiting requests alone for half a second now and then, so a front
-        gets `FRONT_INSTANCES` at least (docs/decisions/0014).
+        gets `FRONT_INSTANCES` at least, of which no more than `instances` work at once (docs/decisions/0014, 0031).
         """
         if self.queue:
             config.dynamic_batching.default_queue_policy.max_queue_size = self.queue
             config.instance_group[0].count = max(FRONT_INSTANCES, self.instances)
+            if self.instances < FRONT_INSTANCES:
+                self.set_parameters(config, {AT_ONCE_PARAMETER: str(self.instances)})
 
     @staticmethod
     def keep_responses(config: Any) -> None:

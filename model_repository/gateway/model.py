@@ -9,6 +9,7 @@ from diffense.serving.calls import read_parameters
 from diffense.serving.gateway import GatewayService
 from diffense.serving.meter import EVERY_S, Meter
 from diffense.serving.settings import GatewayOptions, Wiring
+from diffense.serving.turn import Turn
 
 
 class TritonPythonModel:
@@ -19,10 +20,11 @@ class TritonPythonModel:
         parameters = read_parameters(args["model_config"])
         try:
             wiring, options = Wiring.from_parameters(parameters), GatewayOptions.from_parameters(parameters)
+            turn = Turn.from_parameters(parameters, args["model_instance_name"])
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self.meter = Meter(pb_utils, wiring.model, EVERY_S)
-        self.service = GatewayService(pb_utils, wiring, options, self.meter)
+        self.service = GatewayService(pb_utils, wiring, options, self.meter, turn)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests."""
