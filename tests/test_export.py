@@ -12,7 +12,7 @@ from diffense.cli import app
 from diffense.errors import ExportError, WrongTargetError
 from diffense.fit import FitSettings, fit_guard
 from diffense.guard import Guard
-from diffense.serving.settings import GatewayOptions
+from diffense.serving.settings import AT_ONCE_PARAMETER, GatewayOptions
 from diffense.target import Target, hash_target
 from diffense_export.configs import CONFIG_FILE, FRONT_INSTANCES, parse_config, read_family
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export
@@ -131,6 +131,9 @@ def test_queues_are_limited_at_the_fronts_alone_which_get_instances_enough(guard
         for name in set(configs) - {"m_guarded"}:
             least = FRONT_INSTANCES if name in fronts and queue else 1
             assert [group.count for group in configs[name].instance_group] == [max(least, instances)]
+        at_once = {name: config.parameters[AT_ONCE_PARAMETER].string_value for name, config in configs.items()}
+        turns = str(instances) if queue and instances < FRONT_INSTANCES else ""
+        assert at_once == {name: turns if name in fronts else "" for name in configs}
 
 
 def test_models_that_take_images_answer_them_one_by_one_on_the_cuda_provider(guard, small_target, tmp_path):

@@ -126,6 +126,25 @@ async def test_production_is_answered_while_the_guarded_front_refuses(slow, guar
     assert {type(answer) for answer in await flood} == {list, str}
 
 
+@pytest.mark.parametrize("model", ["separate_gateway", "separate_stream"])
+async def test_a_front_of_three_processes_has_one_stack_at_the_classifier_at_a_time(slow, model):
+    """With two or three of them there, a stack would wait for as long as another or two take."""
+    async with grpc_aio.InferenceServerClient(slow.endpoints.grpc) as client:
+        before = await read_times(client)
+        found = await ask_all(slow, model, shapes.draw_shapes(8, seed=77)[0])
+        after = await read_times(client)
+    assert any(isinstance(answer, list) for answer in found)
+    assert after["compute_infer"] - before["compute_infer"] > 0
+    assert after["queue"] - before["queue"] < 0.5 * (after["compute_infer"] - before["compute_infer"])
+
+
+async def read_times(client):
+    """Nanoseconds that requests to the plain classifier have spent in its queue and in it."""
+    found = await client.get_inference_statistics("separate", as_json=True)
+    stats = found["model_stats"][0]["inference_stats"]
+    return {name: int(stats[name].get("ns", 0)) for name in ("queue", "compute_infer")}
+
+
 @pytest.mark.parametrize("model", ["separate_guarded", "shared_guarded"])
 async def test_the_ensemble_refuses_nobody_and_loses_nobody(slow, model):
     """A limit on a step that runs beside another would leave clients without an answer."""
