@@ -135,7 +135,7 @@ async def test_a_front_of_three_processes_has_one_stack_at_the_classifier_at_a_t
         after = await read_times(client)
     assert any(isinstance(answer, list) for answer in found)
     assert after["compute_infer"] - before["compute_infer"] > 0
-    assert after["queue"] - before["queue"] < 0.5 * (after["compute_infer"] - before["compute_infer"])
+    assert after["queue"] - before["queue"] < 0.15 * (after["compute_infer"] - before["compute_infer"])
 
 
 async def read_times(client):
