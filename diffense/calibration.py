@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from diffense.errors import OptionError, TooFewImagesError
 
 SLACK: Final = 1e-9  # of a count of images: 0.3 - 0.2 is meant as 0.1
+LEAST_ALPHA: Final = 1e-9  # a thousand million clean images
 
 
 def rank_p_values(calibration: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -44,10 +45,12 @@ def check_rate(alpha: float) -> None:
     """Refuse an alpha that is no rate.
 
     Raises:
-        OptionError: alpha is not between 0 and 1.
+        OptionError: alpha is not between 0 and 1, or so small that no set of images is large enough.
     """
-    if not 0.0 < alpha < 1.0:
-        raise OptionError(f"alpha is {alpha}, it must lie between 0 and 1: it is the false-alarm rate you accept")
+    if not LEAST_ALPHA <= alpha < 1.0:
+        raise OptionError(
+            f"alpha is {alpha}, it must lie between 0 and 1 ({LEAST_ALPHA:g} at least): it is the false-alarm rate you accept"
+        )
 
 
 def check_alpha(alpha: float, calibration_size: int) -> None:

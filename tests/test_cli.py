@@ -158,6 +158,7 @@ def test_inspect_and_fit_take_the_layout_that_the_message_asks_for(tmp_path: Pat
         (("--logits", "nothing"), "there is no output 'nothing'; the outputs are 'logits' (5, 4)"),
         (("--taps", "nothing"), "'nothing' is no tensor"),
         (("--alpha", "0"), "between 0 and 1"),
+        (("--alpha", "1e-320"), "1e-09 at least"),
         (("--alpha", "0.001"), "needs 999 calibration images, there are 200"),
     ],
 )

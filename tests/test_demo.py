@@ -15,7 +15,7 @@ from diffense.demo import digits
 from diffense.demo.account import Setup, compute_figures
 from diffense.demo.attacks import CROSS_RATIO, POISON_RATE, TARGET_LABEL, Attack, BadNets, WaNet, cubic_weights, warp
 from diffense.demo.digits import Digits, Split, load_split
-from diffense.demo.run import ATTACKS, DemoOptions, choose_attacks, clear_repository, train_all
+from diffense.demo.run import ATTACKS, DemoOptions, check_repository, choose_attacks, clear_repository, train_all
 from diffense.demo.serving import Latency, Served, check_equal
 from diffense.demo.stages import Stages
 from diffense.demo.training import Classifier, augment, build_onnx, make_classifier, train_classifier
@@ -237,6 +237,17 @@ def test_what_cannot_end_well_is_refused_before_the_training(
     assert (code, said) == (2, "")
     assert told.startswith(f"diffense: {words}") and told.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("model", ["digits_badnets", "digits_badnets_guard"])
+def test_a_strangers_model_in_the_place_of_one_is_refused_before_the_training(run_cli, tmp_path, model):
+    (tmp_path / "repository" / model).mkdir(parents=True)
+    code, said, told = run_cli("demo", "--out", tmp_path, "--attacks", "badnets")
+    assert (code, said) == (2, "")
+    place = tmp_path / "repository" / model
+    assert told == f"diffense: {place} exists and was not written by a demonstration; choose another --out\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+    check_repository(tmp_path / "repository", ["wanet"])  # the other attack's models would not be in its way
 
 
 def test_only_models_that_a_demonstration_exported_are_cleared(guard: Guard, small_target: Path, tmp_path: Path) -> None:

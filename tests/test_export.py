@@ -187,6 +187,8 @@ def test_options_of_a_gateway_that_is_not_written_are_refused(guard, small_targe
         assert (code, said) == (2, "")
         assert "are for the gateway alone" in told and option[0] in told
         assert list(tmp_path.iterdir()) == []
+    code, said, told = run_cli(*arguments, "--no-gateway", "--queue", 9)
+    assert (code, said, list(tmp_path.iterdir())) == (2, "", []) and "--queue limits gateway and stream" in told
     for gateway, options in ((False, GatewayOptions()), (True, GatewayOptions("reject"))):
         report = export_guard(guard, small_target, tmp_path / "r", "m", gateway=gateway, gateway_options=options, dry_run=True)
         assert ("m_gateway" in report.models) == gateway

@@ -65,6 +65,7 @@ def test_the_registry_names_what_it_knows():
     [
         ("strip", 64),
         ("scaleup", 5),
+        ("scaleup_free", 5),
         ("ibdpsc", None),
         *((name, 1) for name in ("beatrix", "lfba", "ted", "tedpp", "vim")),
         ("badexpert", 2),
@@ -123,6 +124,7 @@ def test_scale_up_counts_the_factors_that_keep_the_label():
     images = np.stack([np.full((4, 4, 1), value, np.uint8) for value in (30, 200, 0)])
     inspected = Inspected(images, model.predict(images), np.zeros((3, 1, 1), np.float32))
     assert_array_equal(inspected.predicted, [0, 1, 0])
+    assert_array_equal(make_peer("scaleup_free").score(model, inspected), measure_consistency(model, inspected))
     assert_allclose(measure_consistency(model, inspected), [0.2, 1.0, 1.0])
     assert_array_equal(multiply(np.uint8([30, 60]), 5), [150, 255])
 

@@ -14,7 +14,7 @@ from benchmarks.peers.mahalanobis import Mahalanobis
 from benchmarks.peers.msp import Msp
 from benchmarks.peers.probe import Probe
 from benchmarks.peers.rmd import Rmd
-from benchmarks.peers.scaleup import ScaleUp
+from benchmarks.peers.scaleup import FreeScaleUp, ScaleUp
 from benchmarks.peers.strip import Strip
 from benchmarks.peers.teco import TeCo
 from benchmarks.peers.ted import Ted
@@ -27,6 +27,7 @@ __all__ = ["PEERS", "Inspected", "Model", "Peer", "make_peer"]
 PEERS: Final[dict[str, Callable[[], Peer]]] = {
     "strip": Strip,
     "scaleup": ScaleUp,
+    "scaleup_free": FreeScaleUp,
     "ibdpsc": IbdPsc,
     "teco": TeCo,
     "beatrix": Beatrix,

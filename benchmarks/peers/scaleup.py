@@ -31,6 +31,20 @@ class ScaleUp:
         return np.asarray((measure_consistency(model, inspected) - self.mean[label]) / self.deviation[label])
 
 
+class FreeScaleUp:
+    """The data-free form of `ScaleUp`: the score is the consistency itself."""
+
+    name, title, cheap = "scaleup_free", "SCALE-UP, data-free", True
+
+    def fit(self, model: Model, clean: Inspected, labels: Labels) -> None:
+        """Nothing: it takes no clean images."""
+        del model, clean, labels
+
+    def score(self, model: Model, inspected: Inspected) -> Matrix:
+        """Five forward passes an image, besides the target's own."""
+        return measure_consistency(model, inspected)
+
+
 def multiply(images: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     """Saturating product."""
     return np.minimum(images.astype(np.uint16) * factor, 255).astype(np.uint8)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,8 +84,8 @@ def run_demo(options: DemoOptions, stages: Stages) -> Iterator[Demo]:
     """Run the demonstration; the server runs until the context ends.
 
     Raises:
-        OptionError: an attack that does not exist, or none, an alpha that is none, a folder that cannot be written to, or a
-            package is missing.
+        OptionError: an attack that does not exist, or none, an alpha that is none, a folder that cannot be written to or holds
+            somebody else's models, or a package is missing.
         TooFewImagesError: an alpha that the digits are too few for.
         ServeError: the server cannot be started.
         ClientError: an answer is missing, or gRPC and HTTP do not agree.
@@ -94,13 +94,14 @@ def run_demo(options: DemoOptions, stages: Stages) -> Iterator[Demo]:
     out, split = options.out, load_split(options.seed)
     count_calibration(len(split.clean), options.alpha)  # refuses an alpha now, and not after the training
     _open_folder(out)
+    repository = out / "repository"
+    check_repository(repository, [attack.key for attack in attacks])
     paths = {attack.key: out / f"{MODEL_PREFIX}{attack.key}.onnx" for attack in attacks}
     with stages.stage(f"training {len(attacks)} backdoored classifiers") as update:
         train_all(split.train, attacks, paths, options.seed, update)
     victims = tuple(
         _guard_classifier(attack, paths[attack.key], split.clean, split.evaluation, options, stages) for attack in attacks
     )
-    repository = out / "repository"
     with stages.stage("exporting to a Triton repository"):
         clear_repository(repository)
         for victim in victims:
@@ -158,6 +159,18 @@ def limit_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def check_repository(repository: Path, keys: Sequence[str]) -> None:
+    """Find out before the training whether the export will be refused.
+
+    Raises:
+        OptionError: a folder where these attacks' models go is somebody else's.
+    """
+    for family in (f"{MODEL_PREFIX}{key}" for key in keys):
+        for place in [*repository.glob(family), *sorted(repository.glob(f"{family}_*"))]:
+            if read_family(place) != family:
+                raise OptionError(f"{place} exists and was not written by a demonstration; choose another --out")
 
 
 def clear_repository(repository: Path) -> None:

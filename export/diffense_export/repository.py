@@ -114,12 +114,14 @@ def export_guard(
         WrongTargetError: the guard belongs to another classifier.
         ParityError: an exported graph differs from its source.
         ExportError: a name, a tensor or a folder stands in the way.
-        OptionError: options of a gateway that is not written.
+        OptionError: options of a gateway, or of fronts, that are not written.
     """
     _check_name(model)
     front = gateway_options or GatewayOptions()
     if not gateway and front != GatewayOptions():
         raise OptionError("--policy, --budget-ms and --closed are for the gateway alone; leave them or --no-gateway out")
+    if queue and not gateway and not stream:
+        raise OptionError("--queue limits gateway and stream, of which none is written; leave it or --no-gateway out")
     if max_batch_size < 1:
         raise ExportError(f"max_batch_size is {max_batch_size}; it must be at least 1")
     if hash_target(target) != guard.manifest.target_sha256:
