@@ -13,6 +13,7 @@ from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
 from benchmarks.inspection import inspect_images, score_inspected, take
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
 from benchmarks.peer_figures import CLOSED_FORM, measure_closed_form, measure_peer
+from benchmarks.peers.base import Inspected
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import count_calibration, split_rows
@@ -75,17 +76,7 @@ def evaluate_cell(
     start = time.monotonic()
     guard = fit_cell(found, clean_per_class, guard_seed, progress)
     fit_seconds = time.monotonic() - start
-    defender = inspect_images(guard, found.clean.pixels)
-    # The guard's own split of the defender's images, where it splits them; the peers get the same.
-    generator = np.random.default_rng(guard.manifest.seed)
-    size = count_calibration(len(found.clean), guard.manifest.alpha)
-    fit_rows, calibration_rows = split_rows(defender.predicted, size, generator)
-    views = {
-        "fit": take(defender, fit_rows),
-        "calibration": take(defender, calibration_rows),
-        "clean": inspect_images(guard, found.evaluation.pixels),
-        "triggered": inspect_images(guard, found.triggered),
-    }
+    views, labels = view_cell(guard, found)
     start = time.monotonic()
     guard.score(found.evaluation.pixels[:1000])
     score_ms = (time.monotonic() - start) / min(1000, len(found.evaluation)) * 1e3
@@ -123,12 +114,31 @@ def evaluate_cell(
         "score_ms": round(score_ms, 3),
         "target_forwards": 1.0,
     }
-    labels = found.clean.labels[fit_rows]
     beside = {name: measure_peer(name, found.target, views, labels, right, reached, progress) for name in peers}
     if guard.manifest.network.used:
         closed = fit_cell(found, clean_per_class, guard_seed, progress, network="off")
         beside[CLOSED_FORM] = measure_closed_form(closed, views, right, reached)
     return row | {"peers": beside}
+
+
+def view_cell(guard: Guard, found: Evaluated) -> tuple[dict[str, Inspected], NDArray[np.int64]]:
+    """Look at all images of a cell through a guard's taps, once.
+
+    Returns:
+        ``fit``, ``calibration``, ``clean`` and ``triggered`` images, the first two in the guard's own split of the defender's
+        images, where it splits them; and the true labels of those to fit on.
+    """
+    defender = inspect_images(guard, found.clean.pixels)
+    generator = np.random.default_rng(guard.manifest.seed)
+    size = count_calibration(len(found.clean), guard.manifest.alpha)
+    fit_rows, calibration_rows = split_rows(defender.predicted, size, generator)
+    views = {
+        "fit": take(defender, fit_rows),
+        "calibration": take(defender, calibration_rows),
+        "clean": inspect_images(guard, found.evaluation.pixels),
+        "triggered": inspect_images(guard, found.triggered),
+    }
+    return views, found.clean.labels[fit_rows]
 
 
 def fit_cell(

@@ -10,7 +10,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.peers import Inspected, make_peer
 from benchmarks.peers.discriminant import Discriminants
+from benchmarks.peers.gaussian import join_taps
 from benchmarks.peers.knn import normalise
+from benchmarks.peers.latent_all import list_families
 from benchmarks.peers.ranks import Bank as LatentBank
 from benchmarks.peers.ranks import rank
 from benchmarks.peers.tedpp import TedPlusPlus
@@ -29,7 +31,26 @@ def test_ranks_on_four_points():
     bank = LatentBank(np.array([0.0, 1, 3, 7])[:, None, None], np.array([0, 1, 0, 1]))
     got = rank(bank, np.array([0.9, 0.9, 6.0, 0.0])[:, None, None], np.array([1, 0, 0, 2]))
     assert_array_equal(got[:, 0], [0, 1, 1, 3])  # the last label has no row: the last rank
-    assert_array_equal(rank(bank, bank.latents, bank.labels, itself=True)[:, 0], [1, 2, 1, 1])
+    assert_array_equal(rank(bank, bank.latents, bank.labels, np.arange(4))[:, 0], [1, 2, 1, 1])
+
+
+def test_a_copy_does_not_vouch_for_its_original():
+    bank = LatentBank(np.array([0.0, 1, 3, 7, 0.1])[:, None, None], np.array([0, 1, 0, 1, 0]))
+    source = np.array([0, 1, 2, 3, 0])
+    assert_array_equal(rank(bank, bank.latents, bank.labels, np.arange(5))[:, 0], [0, 3, 1, 1, 0])
+    assert_array_equal(rank(bank, bank.latents, bank.labels, source)[:, 0], [1, 3, 1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_a_row_that_is_there_twice_is_judged_without_its_twin(world, kind):
+    """Its clean evidence would make it look far too normal."""
+    _, clean, _, _ = world
+    latents, logits, width, rows = join_taps(clean), clean.logits.astype(np.float64), clean.latents.shape[2], np.arange(240)
+    once = list_families()[kind].fit(latents, logits, width, rows).mean()
+    twice, both = np.concatenate([latents] * 2), np.concatenate([logits] * 2)
+    told = list_families()[kind].fit(twice, both, width, np.tile(rows, 2)).mean()
+    untold = list_families()[kind].fit(twice, both, width, np.arange(480)).mean()
+    assert untold < once and abs(told - once) < 0.5 * (once - untold)
 
 
 def make_bank(positions, labels):

@@ -32,11 +32,14 @@ class Inspected:
         images: (N, H, W, channels).
         logits: (N, C) of the target.
         latents: (N, K, d) the guard's own whitened latents, tap by tap, shallow to deep; padding entries are zero.
+        source: (N,) the row whose changed copy each one is, its own where it is none; None: there are no copies. Originals
+            come first.
     """
 
     images: NDArray[np.uint8]
     logits: NDArray[np.float32]
     latents: NDArray[np.float32]
+    source: Labels | None = None
 
     @cached_property
     def predicted(self) -> Labels:
