@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from benchmarks.datasets import Pixels
 from benchmarks.evaluation import fit_cell, prepare_cell, view_cell
+from benchmarks.figures import average, show
 from benchmarks.inspection import inspect_images, score_inspected
 from benchmarks.metrics import measure_detection
 from benchmarks.peer_figures import measure_peer
 from benchmarks.peers.base import Inspected
 from benchmarks.records import COPIED, Row, read_rows, write_row
 from benchmarks.settings import describe_machine, find_commit
-from benchmarks.tables import average, show
 from benchmarks.targets import Cell, read_cell
 from diffense.copies import make_copies
 from diffense.errors import DiffenseError

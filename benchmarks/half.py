@@ -14,10 +14,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from benchmarks.evaluation import prepare_cell
+from benchmarks.figures import show
 from benchmarks.metrics import measure_detection
 from benchmarks.records import Row, read_rows, write_row
 from benchmarks.settings import RESULTS, describe_machine, find_cache, find_commit
-from benchmarks.tables import show
 from benchmarks.targets import Cell, read_cell
 from diffense.errors import DiffenseError
 from diffense.graphs import load_model, open_session, run_batched

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
+from benchmarks.figures import is_cell
 from benchmarks.metrics import BINS, FALSE_ALARMS
 from benchmarks.records import ABLATION, DETECTION, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
-from benchmarks.tables import is_cell
 from diffense.fit import FitSettings
 
 CLEAN: Final = "#3b6ea5"

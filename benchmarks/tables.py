@@ -4,58 +4,29 @@ usage: python -m benchmarks.tables [--summary]    (--summary prints the README's
 """
 
 import sys
-from collections.abc import Iterable
 from statistics import mean
 from typing import Final
 
 from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
+from benchmarks.figures import (
+    LEAST_ACCURACY,
+    LEAST_SUCCESS,
+    describe_draws,
+    describe_runs,
+    find_figure,
+    find_network,
+    is_cell,
+    name_cell,
+    show,
+    sort_rows,
+)
 from benchmarks.peer_figures import CLOSED_FORM
-from benchmarks.peers.published import PUBLISHED
+from benchmarks.peer_tables import render_costs, render_peers, render_plain, render_published
 from benchmarks.records import DETECTION, SHIFT, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
 
-LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
-LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
-# Commits of which rows are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
-FOUR_DRAWS: Final = (
-    "0caaddc", "1b30f5f", "2165ba5", "7070524", "8b3f102", "9fa3ad1", "a41cad6", "b6940aa", "f07a700", "f76da34", "f99c974",
-)  # fmt: skip
 SUMMED_UP: Final = (CLOSED_FORM, "latent_all_doubt")  # named beside the guard below the README's table
-
-
-def sort_rows(rows: list[Row]) -> list[Row]:
-    """Worst AUROC first; cells where no trigger works, and so none can be missed, last."""
-    return sorted(rows, key=lambda row: 2.0 if row["auroc"] is None else row["auroc"])
-
-
-def show(figure: float | None, form: str = ".4f") -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if figure is None else format(figure, form)
-
-
-def average(figures: Iterable[float | None]) -> float | None:
-    """Mean of the figures that there are."""
-    found = [figure for figure in figures if figure is not None]
-    return sum(found) / len(found) if found else None
-
-
-def is_cell(row: Row) -> bool:
-    """Whether a row is one of the thirty cells: a matrix attack on the image set's usual network, target seed 0."""
-    return row["attack"] in MATRIX and row["target"] == SPECS[row["dataset"]].network and row["seed"] == 0
-
-
-def name_cell(row: Row) -> str:
-    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked.
-
-    ``again`` is the number of a further target of the same seed: on a GPU no two trainings give the same weights.
-    """
-    weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
-    if row["attack"] not in ("htba", "none") and row["asr_before"] < LEAST_SUCCESS:
-        weak += " (weak attack)"
-    if row.get("again"):
-        weak += ", trained again"
-    return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
 
 
 def render_matrix(rows: list[Row]) -> list[str]:
@@ -80,88 +51,6 @@ def render_row(row: Row) -> str:
     )
 
 
-def find_figure(row: Row, name: str, figure: str) -> float | None:
-    """A peer's figure; the closed form is the guard itself where its network stayed off."""
-    if name == CLOSED_FORM and name not in row["peers"]:
-        return float(row[figure]) if row[figure] is not None else None
-    found = row["peers"].get(name, {}).get(figure)
-    return None if found is None else float(found)
-
-
-def list_peers(rows: list[Row]) -> list[str]:
-    """All peers that some row has, best mean AUROC first."""
-    names = {name for row in rows for name in row["peers"]}
-    means = {name: average(find_figure(row, name, "auroc") for row in rows) for name in names}
-    return sorted(names, key=lambda name: means[name] or 0.0, reverse=True)
-
-
-def render_peers(rows: list[Row], figure: str) -> list[str]:
-    """Cells by peers, the guard first; then each one's mean, and the guard's on the cells that the peer has."""
-    names = list_peers(rows)
-    lines = ["| cell | Diffense | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
-    for row in sort_rows(rows):
-        found = [show(find_figure(row, name, figure)) for name in names]
-        lines.append(f"| {name_cell(row)} | {show(row[figure])} | " + " | ".join(found) + " |")
-    own = [row[figure] for row in rows if row[figure] is not None]
-    means, beside = [], []
-    for name in names:
-        figures = [find_figure(row, name, figure) for row in rows]
-        count = sum(f is not None for f in figures)
-        means.append(show(average(figures)) + ("" if count >= len(own) else f" ({count} cells)"))
-        beside.append(show(average(row[figure] for row, found in zip(rows, figures, strict=True) if found is not None)))
-    return [
-        *lines,
-        f"| mean | {show(average(own))} | " + " | ".join(means) + " |",
-        "| Diffense on the same cells | | " + " | ".join(beside) + " |",
-    ]
-
-
-def render_published(rows: list[Row]) -> list[str]:
-    """Our peers beside the figures that others published for them."""
-    lines = []
-    for row in rows:
-        for name, published in PUBLISHED.get((row["dataset"], row["attack"]), {}).items():
-            ours = find_figure(row, name, "auroc")
-            if ours is not None:
-                lines.append(f"| {name_cell(row)} | {name} | {published:.2f} | {ours:.2f} |")
-    if not lines:
-        return []
-    note = (
-        "AUROC; published: the comparison of TED++ (ICDM 2025, poster) on ResNet-18, with other targets of the same attacks. "
-        "IBD-PSC amplifies the last batch norms of which ResNet-18 has twenty and ours six; SCALE-UP depends on what a target "
-        "calls a saturated image."
-    )
-    return [
-        "",
-        "## Peers beside their published figures",
-        "",
-        note,
-        "",
-        "| cell | peer | published | here |",
-        "| --- | --- | --- | --- |",
-        *lines,
-    ]
-
-
-def is_measured_here(row: Row, name: str) -> bool:
-    """Whether a row has this peer from its own machine; older figures name none."""
-    peer = row["peers"].get(name)
-    return peer is not None and peer.get("machine", row["machine"]) == row["machine"]
-
-
-def render_costs(rows: list[Row]) -> list[str]:
-    """What scoring one image costs, mean over the cells; a peer's time counts where it ran on its row's machine."""
-    lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
-    lines.append(f"| Diffense | 1 | {show(average(row['score_ms'] for row in rows), '.2f')} | all |")
-    for name in list_peers(rows):
-        found = [row["peers"][name] for row in rows if name in row["peers"]]
-        images = "all" if all(peer["images"] != [500, 500] for peer in found) else "500 + 500"
-        forwards = average(peer["target_forwards"] for peer in found)
-        milliseconds = average(row["peers"][name]["score_ms"] for row in rows if is_measured_here(row, name))
-        lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
-    return lines
-
-
 def render_variants(rows: list[Row], cells: list[Row]) -> list[str]:
     """Fewer clean images, other seeds of the guard, further targets; whether the target is that of the cell above."""
     of_cell = {find_network(cell): cell["target_sha256"] for cell in cells}
@@ -179,11 +68,6 @@ def render_variants(rows: list[Row], cells: list[Row]) -> list[str]:
             f"| {network} |"
         )
     return lines
-
-
-def find_network(row: Row) -> tuple[str, str, str, int]:
-    """What tells trainings apart, but for a second one of the same seed."""
-    return row["dataset"], row["attack"], row["target"], row["seed"]
 
 
 def render_turned(rows: list[Row]) -> list[str]:
@@ -226,20 +110,6 @@ def render_shifts(rows: list[Row]) -> list[str]:
         if rows
         else []
     )
-
-
-def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
-    """Commits, target seeds and machines of the rows."""
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    machines = "; ".join(sorted({row["machine"] for row in rows}))
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    return f"Target seed {seeds}, guard seed {guard_seeds}, commit {commits}, {machines}."
-
-
-def describe_draws(rows: list[Row]) -> str:
-    """How many draws a level the guards of the rows have."""
-    two = ", ".join(sorted(name_cell(row) for row in rows if row["commit"].rstrip("+") not in FOUR_DRAWS))
-    return "Guards have four draws a level" + (f"; two: {two}" if two else "") + " (docs/decisions/0028)."
 
 
 def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
@@ -286,7 +156,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         *render_costs(poisoned),
     ]
-    parts += render_published(poisoned)
+    parts += render_published(rows)
+    parts += render_plain(rows)
     others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
     parts += render_beside("Other networks, other target seeds", others)
     parts += render_turned([*rows, *variants])

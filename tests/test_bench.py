@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench_world import SPEC, make_split
-from benchmarks import datasets, demo_table, matrix, records, shift, tables, targets
+from benchmarks import datasets, demo_table, figures, matrix, peer_tables, records, shift, tables, targets
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
@@ -129,11 +129,24 @@ def test_shifted_images_raise_no_error_and_the_plain_ones_nothing(bench):
 def test_the_closed_form_is_the_guard_itself_where_its_network_stayed_off_and_is_no_peer():
     peer = {"auroc": 0.9, "tpr_at_fpr5": 0.5}
     row = {"auroc": 0.95, "tpr_at_fpr5": 0.6, "peers": {"ratio": peer}}
-    assert tables.find_figure(row, "closed_form", "auroc") == 0.95
+    assert figures.find_figure(row, "closed_form", "auroc") == 0.95
     with_network = row | {"auroc": 0.99, "peers": {"ratio": peer, "closed_form": {"auroc": 0.97, "tpr_at_fpr5": 0.7}}}
-    assert tables.find_figure(with_network, "closed_form", "auroc") == 0.97
-    assert tables.find_figure(row, "ted", "auroc") is None
-    assert tables.list_peers([row, with_network]) == ["closed_form", "ratio"]
+    assert figures.find_figure(with_network, "closed_form", "auroc") == 0.97
+    assert figures.find_figure(row, "ted", "auroc") is None
+    assert figures.list_peers([row, with_network]) == ["closed_form", "ratio"]
+
+
+def test_published_figures_stand_beside_ours_of_both_kinds_of_target():
+    row = {
+        "dataset": "cifar10", "attack": "badnets", "target": "staged_resnet", "seed": 0, "guard_seed": 0,
+        "clean_accuracy": 0.92, "asr_before": 0.99, "auroc": 0.9, "commit": "a", "machine": "m",
+        "peers": {"ted": {"auroc": 0.75}},
+    }  # fmt: skip
+    plain = row | {"target": "narrow_resnet18", "clean_accuracy": 0.9, "auroc": 0.8, "peers": {"ted": {"auroc": 0.65}}}
+    assert peer_tables.render_published([row, plain])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | 0.65 |"
+    assert peer_tables.render_published([row])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | – |"
+    assert peer_tables.render_published([plain]) == [] == peer_tables.render_plain([row])
+    assert "| CIFAR-10, BadNets (weak target) | 0.8000 | 0.6500 |" in peer_tables.render_plain([row, plain])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

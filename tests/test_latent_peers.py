@@ -16,7 +16,7 @@ from benchmarks.peers.latent_all import list_families
 from benchmarks.peers.ranks import Bank as LatentBank
 from benchmarks.peers.ranks import rank
 from benchmarks.peers.tedpp import TedPlusPlus
-from benchmarks.peers.trajectories import Bank, PcaOutliers, choose_rows
+from benchmarks.peers.trajectories import Bank, PcaOutliers, choose_rows, is_layer, read_layers
 from latent_sets import draw_rows
 from peer_world import LATENT_PEERS, TAPS, WIDTH, fit, make_world
 from shapes import KINDS, SIDE
@@ -73,6 +73,19 @@ def test_ted_ranks_and_the_tube_of_ted_plus_plus():
     assert_allclose(tube.radii[0], [2, 1, 1, 2, 1.5])  # second nearest of its class; one alone: the median
     inside = tube.rank(0, tube.measure(0, torch.tensor([[4.5], [5.5], [50.5], [60.0]])), np.array([0, 0, 1, 1]))
     assert_array_equal(inside, [0, 4, 0, 4])
+
+
+def test_ted_follows_every_convolution_rectifier_and_linear_layer_in_their_order(world):
+    model, clean, _, _ = world
+    before = model.forwards
+    layers = read_layers(model, clean, np.array([5, 2, 7]))
+    assert model.forwards - before == 3 and not any(module._forward_hooks for module in model.network.modules())
+    assert len(layers) == 2 * len(model.network.blocks) + 1
+    ends, _ = model.activations(clean.images[[5, 2, 7]])
+    for layer, end in zip(layers[1:-1:2], ends, strict=False):  # each block ends in its rectifier
+        assert_allclose(layer, end.reshape(3, -1), rtol=1e-5, atol=1e-6)
+    assert_allclose(layers[-1], clean.logits[[5, 2, 7]], rtol=1e-4, atol=1e-5)
+    assert not is_layer(torch.nn.Conv2d(3, 3, 1)) and is_layer(torch.nn.Conv2d(3, 3, 3))
 
 
 def test_ted_banks_are_rightly_classified_and_bounded():

@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.ablation.variants import DEFAULT, VARIANTS
 from benchmarks.attacks import ATTACKS
 from benchmarks.datasets import SPECS
+from benchmarks.figures import describe_runs, show
 from benchmarks.records import ABLATION, Row, read_rows
 from benchmarks.settings import RESULTS
-from benchmarks.tables import describe_runs, show
 
 Key = tuple[str, str, str, int]
 

@@ -4,6 +4,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.peers.base import Inspected, Labels, Matrix, Model, split
 
@@ -74,9 +75,28 @@ class Bank:
 
 
 def read_layers(model: Model, inspected: Inspected, rows: Labels) -> list[torch.Tensor]:
-    """Flattened activations of these rows at every layer and the logits, on the model's device."""
-    ends, logits = model.activations(inspected.images[rows])
-    return [torch.from_numpy(a.reshape(len(a), -1)).to(model.device) for a in (*ends, logits)]
+    """Flattened outputs of every layer for these rows, as they come, the logits last, on the model's device.
+
+    A layer is what the released code of TED takes for one: a convolution that is not 1 x 1, a rectifier that is a module, a
+    linear layer.
+    """
+    found: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        found.append(output.float().flatten(1).clone())
+
+    hooks = [module.register_forward_hook(keep) for module in model.network.modules() if is_layer(module)]
+    try:
+        model.predict(inspected.images[rows])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether TED follows what this module gives."""
+    return isinstance(module, nn.Linear | nn.ReLU) or (isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1))
 
 
 class PcaOutliers:

@@ -1,0 +1,84 @@
+"""Reading rows of `detection.json`: which cell one is, what it is called, a figure of it, where it was measured."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from benchmarks.attacks import ATTACKS, MATRIX
+from benchmarks.datasets import SPECS
+from benchmarks.peer_figures import CLOSED_FORM
+from benchmarks.records import Row
+
+LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
+LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
+# Commits of which rows are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
+FOUR_DRAWS: Final = (
+    "0caaddc", "1b30f5f", "2165ba5", "7070524", "8b3f102", "9fa3ad1", "a41cad6", "b6940aa", "f07a700", "f76da34", "f99c974",
+)  # fmt: skip
+
+
+def sort_rows(rows: list[Row]) -> list[Row]:
+    """Worst AUROC first; cells where no trigger works, and so none can be missed, last."""
+    return sorted(rows, key=lambda row: 2.0 if row["auroc"] is None else row["auroc"])
+
+
+def show(figure: float | None, form: str = ".4f") -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if figure is None else format(figure, form)
+
+
+def average(figures: Iterable[float | None]) -> float | None:
+    """Mean of the figures that there are."""
+    found = [figure for figure in figures if figure is not None]
+    return sum(found) / len(found) if found else None
+
+
+def is_cell(row: Row) -> bool:
+    """Whether a row is one of the thirty cells: a matrix attack on the image set's usual network, target seed 0."""
+    return row["attack"] in MATRIX and row["target"] == SPECS[row["dataset"]].network and row["seed"] == 0
+
+
+def name_cell(row: Row) -> str:
+    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked.
+
+    ``again`` is the number of a further target of the same seed: on a GPU no two trainings give the same weights.
+    """
+    weak = " (weak target)" if row["clean_accuracy"] < LEAST_ACCURACY.get(row["dataset"], 0.0) else ""
+    if row["attack"] not in ("htba", "none") and row["asr_before"] < LEAST_SUCCESS:
+        weak += " (weak attack)"
+    if row.get("again"):
+        weak += ", trained again"
+    return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
+
+
+def find_figure(row: Row, name: str, figure: str) -> float | None:
+    """A peer's figure; the closed form is the guard itself where its network stayed off."""
+    if name == CLOSED_FORM and name not in row["peers"]:
+        return float(row[figure]) if row[figure] is not None else None
+    found = row["peers"].get(name, {}).get(figure)
+    return None if found is None else float(found)
+
+
+def list_peers(rows: list[Row]) -> list[str]:
+    """All peers that some row has, best mean AUROC first."""
+    names = {name for row in rows for name in row["peers"]}
+    means = {name: average(find_figure(row, name, "auroc") for row in rows) for name in names}
+    return sorted(names, key=lambda name: means[name] or 0.0, reverse=True)
+
+
+def find_network(row: Row) -> tuple[str, str, str, int]:
+    """What tells trainings apart, but for a second one of the same seed."""
+    return row["dataset"], row["attack"], row["target"], row["seed"]
+
+
+def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
+    """Commits, target seeds and machines of the rows."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    return f"Target seed {seeds}, guard seed {guard_seeds}, commit {commits}, {machines}."
+
+
+def describe_draws(rows: list[Row]) -> str:
+    """How many draws a level the guards of the rows have."""
+    two = ", ".join(sorted(name_cell(row) for row in rows if row["commit"].rstrip("+") not in FOUR_DRAWS))
+    return "Guards have four draws a level" + (f"; two: {two}" if two else "") + " (docs/decisions/0028)."
