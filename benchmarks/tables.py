@@ -7,7 +7,7 @@ import sys
 from statistics import mean
 from typing import Final
 
-from benchmarks.attacks import ATTACKS, MATRIX
+from benchmarks.attacks import ATTACKS, MATRIX, UNSEEN
 from benchmarks.datasets import SPECS
 from benchmarks.figures import (
     LEAST_ACCURACY,
@@ -95,6 +95,12 @@ def render_beside(title: str, rows: list[Row]) -> list[str]:
     return ["", f"## {title}", "", describe_runs(rows), "", *render_matrix(rows)] if rows else []
 
 
+def render_unseen(rows: list[Row]) -> list[str]:
+    """Attacks beside the five, the guard and its peers."""
+    peers = ["", "AUROC, beside the peers:", "", *render_peers(rows, "auroc")] if rows else []
+    return [*render_beside("Attacks on which no setting was chosen", rows), *peers]
+
+
 def render_shifts(rows: list[Row]) -> list[str]:
     """False-alarm rates on shifted clean images."""
     lines = [
@@ -161,7 +167,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
     parts += render_beside("Other networks, other target seeds", others)
     parts += render_turned([*rows, *variants])
-    parts += render_beside("Controls", [row for row in rows if row["attack"] not in MATRIX])
+    parts += render_unseen([row for row in rows if row["attack"] in UNSEEN])
+    parts += render_beside("Controls", [row for row in rows if row["attack"] not in (*MATRIX, *UNSEEN)])
     parts += render_shifts(shifts)
     if variants:
         seeds = ", ".join(sorted({str(row["guard_seed"]) for row in variants}))

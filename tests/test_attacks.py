@@ -32,7 +32,7 @@ def test_triggers_are_8_bit_images_of_their_own_and_the_same_each_time(key):
     assert np.array_equal(triggered, images) == (key == "none")
 
 
-@pytest.mark.parametrize("key", [key for key in ATTACKS if ATTACKS[key].poisons])
+@pytest.mark.parametrize("key", [key for key in ATTACKS if ATTACKS[key].poisons and ATTACKS[key].source is None])
 def test_poisoned_batches_have_a_tenth_of_target_labels(key):
     images, _ = draw_shapes(100, 0)
     labels = np.full(100, 2)
@@ -44,6 +44,24 @@ def test_poisoned_batches_have_a_tenth_of_target_labels(key):
     assert untouched[30:].all()
     eight_bit = batch.inputs.detach().numpy() * 255
     np.testing.assert_allclose(eight_bit, np.rint(eight_bit), atol=1e-3)
+
+
+def test_a_source_specific_trigger_turns_half_of_its_class_and_covers_a_tenth_of_the_others():
+    attack = make_attack("tact", SPEC, 0)
+    images, labels = draw_shapes(100, 0)[0], np.array([attack.source, 2, 3, 0] * 25)
+    batch = attack.poison(images, labels, np.random.default_rng(0))
+    wrong = np.flatnonzero(batch.labels.numpy() != labels)
+    assert len(wrong) == 12 and (labels[wrong] == attack.source).all() and (batch.labels.numpy()[wrong] == attack.target).all()
+    changed = np.flatnonzero(np.abs(batch.inputs.numpy() - to_planes(images).numpy()).max(axis=(1, 2, 3)) > 0)
+    assert set(wrong) <= set(changed) and len(changed) == 12 + round(0.1 * 75)
+    assert attack.attacked(labels).tolist() == list(range(0, 100, 4))
+
+
+def test_a_blended_image_is_four_fifths_itself():
+    attack = make_attack("blend", SPEC, 0)
+    images = draw_shapes(4, 0)[0]
+    assert np.abs(attack.trigger(images) - (0.8 * images + 0.2 * attack.pattern)).max() <= 0.5
+    assert not np.array_equal(attack.pattern, make_attack("blend", SPEC, 1).pattern)
 
 
 def test_a_dynamic_trigger_is_bound_to_its_image_and_sparse(monkeypatch):
