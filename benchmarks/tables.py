@@ -145,8 +145,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "Same targets, evaluation images and calibration split; STRIP, TeCo and BaDExpert see the first 500 of each. The "
         "guard is fitted on the fit images and on changed copies of them, peers on the images alone. `latent_all` joins "
         "every peer without a network on the guard's taps, bands and rule; `latent_all_doubt` excuses doubt as the guard "
-        "does. `msp` flags low confidence. The figures of `rmd`, and of `ibdpsc` on the sets up to 32 x 32, are of code "
-        "that has been mended since: docs/detection.md.",
+        "does. `msp` flags low confidence. Most figures of `rmd`, `ted` and `tedpp`, and of `ibdpsc` on the sets up to "
+        "32 x 32, are of code that has been mended since: docs/detection.md.",
         "",
         *render_peers(poisoned, "auroc"),
         "",
