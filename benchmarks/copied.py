@@ -29,7 +29,7 @@ PEERS: Final = ("latent_all_doubt", "latent_all", "mahalanobis", "rmd", "meandis
 
 
 def add_copies(guard: Guard, clean: Inspected) -> tuple[Inspected, NDArray[np.int64]]:
-    """Clean images, behind them changed copies that keep their label, as the guard's fit makes them; and each one's source."""
+    """Clean images, behind them changed copies that keep their label, of the kinds the guard fits on; and each one's source."""
 
     def predict(pixels: Pixels) -> NDArray[np.int64]:
         return np.asarray(guard.run(pixels)[0].argmax(axis=1), np.int64)

@@ -7,10 +7,10 @@ from benchmarks.peers.trajectories import Bank, PcaOutliers, choose_rows
 class Ted:
     """Mo et al., IEEE S&P 2024, "Robust backdoor detection for deep learning via topological evolution dynamics".
 
-    At layer l, ``K_l`` = how many clean bank rows are nearer (Euclidean, flattened activations) than the nearest of the
-    predicted class; the vector of all layers, logits last, goes to a PCA outlier detector fitted on the bank's own vectors,
-    each row ranked among the others. The bank is rightly classified images: the paper's 20 a class, more where there are
-    more, up to 1,000 rows in all.
+    At layer l (`trajectories.is_layer`), ``K_l`` = how many clean bank rows are nearer (Euclidean, flattened activations)
+    than the nearest of the predicted class; the vector of all layers, logits last, goes to a PCA outlier detector fitted on
+    the bank's own vectors, each row ranked among the others. The bank is rightly classified images: the paper's 20 a class,
+    more where there are more, up to 1,000 rows in all.
     """
 
     name, title, cheap = "ted", "TED", True

@@ -102,7 +102,8 @@ def export_guard(
         instances: copies of each model.
         threads: threads of each graph; 0 leaves it to the runtime, but for denoiser and scorer, which get one.
         queue: most requests that wait for the gateway, and for the stream; what comes on top is refused at once (UNAVAILABLE),
-            and each of the two runs as three processes then. 0: no limit. The ensemble has none.
+            and each of the two runs as three processes then, of which `instances` work at once. 0: no limit. The ensemble has
+            none.
         cache: whether the server may keep what the shared graph gave for an input (started with `diffense serve --cache`).
         accelerator: how the onnxruntime backend runs the graphs where there is a GPU: ``cuda`` and ``tensorrt`` keep to
             float32 where they can, and with ``cuda`` models that take images stack no requests, unless `queue` asks for it;
