@@ -140,7 +140,8 @@ def _train(cell: Cell, split: Split, work: Path, progress: Callable[[str], None]
         attack.prepare(split.train, progress)
         network = train_target(spec, cell.network, attack, split.train, cell.seed, progress)
     else:
-        network = get_target(make_cell(cell.dataset, "none", cell.network, cell.seed), progress).network
+        # Altered afterwards: of one clean network; the seed is the attack's, its classes, its patch and its poisons.
+        network = get_target(make_cell(cell.dataset, "none", cell.network), progress).network
         attack.alter(network, split.train, progress)
     attack.move(CPU)
     for module in attack.networks().values():

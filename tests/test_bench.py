@@ -92,6 +92,13 @@ def test_a_damaged_target_is_noticed_and_made_again(bench, spoil):
     np.testing.assert_array_equal(predict(second.network, images), predict(first.network, images))
 
 
+def test_hidden_triggers_of_every_seed_alter_the_same_clean_network(bench):
+    first, second = (targets.get_target(targets.make_cell("mnist", "htba", None, seed), print) for seed in (0, 1))
+    assert (first.attack.source, first.attack.target) != (second.attack.source, second.attack.target)
+    bodies = [{k: v for k, v in t.network.state_dict().items() if not k.startswith("head")} for t in (first, second)]
+    assert bodies[0] and all(bool((bodies[0][k] == bodies[1][k]).all()) for k in bodies[0])
+
+
 def test_a_broken_off_entry_leaves_the_old_one(tmp_path):
     def fill(work: Path) -> dict[str, int]:
         (work / "a").write_text("1")
