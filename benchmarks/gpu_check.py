@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, on a machine that has one, as one report: benchmarks/results/gpu.json and gpu.md.
+"""Everything that needs a GPU, on a machine that has one, as a report a target: benchmarks/results/gpu.json and gpu.md.
 
 usage: python -m benchmarks.gpu_check [--targets resnet18_32,resnet50_224] [--seconds 5]
 
@@ -11,7 +11,6 @@ with TensorRT plans, as far as they are installed. Times hold the copies from an
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
+from benchmarks.records import Row, read_rows, write_row
 from benchmarks.serving.exports import IMAGES, choose, prepare_guard
 from benchmarks.serving.networks import NETWORKS, draw_images
 from benchmarks.serving.runtimes import ASIDE, BATCHES, Arrays, Graphs, Run, open_onnxruntime, open_plans
@@ -107,46 +107,56 @@ def measure_target(name: str, seconds: float, progress: Callable[[str], None]) -
             progress(f"{name}, {way}")
             try:
                 with start() as runs:
-                    rows += [{"target": name, "way": way} | row for row in measure_runs(graphs, runs, truth, seconds)]
+                    rows += [{"way": way} | row for row in measure_runs(graphs, runs, truth, seconds)]
             except Exception as error:  # onnxruntime's errors share no base; one way that fails takes no other's figures
                 failed.append(f"{name}, {way}: {first_line(error)}")
     return rows, failed
 
 
 def run_tests() -> str:
-    """The last line of pytest on the tests marked ``gpu``."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    """The last line of pytest on the tests marked ``gpu``; modules that lack a package there are errors in it, no end."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return next(reversed(done.stdout.strip().splitlines()), f"pytest ended with code {done.returncode}")
 
 
-def render_page(report: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+def render_page(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The reports in Markdown, a section a target."""
     lines = [
         "# On a GPU",
         "",
-        f"Written by `make gpu-check`. {report['gpu']} ({report['compute_capability']}), {report['machine']}, commit "
-        f"{report['commit']}. Tests marked `gpu`: {report['tests']}.",
+        "Written by `make gpu-check`, the last run of each target.",
         "",
         "One process, no server; unguarded is the production graph; guarded is tapped and scorer graph one after the other "
         "(`fused`), the scorer on one core of the CPU if told so, one graph of both (`whole`), or that with the verdict "
         "(`direct`).",
+    ]
+    for report in reports:
+        lines += ["", f"## {report['target']}", "", *render_report(report)]
+    return "\n".join(lines) + "\n"
+
+
+def render_report(report: Mapping[str, Any]) -> list[str]:
+    """Where one target was measured, what did not run, and its rows."""
+    lines = [
+        f"{report['gpu']} ({report['compute_capability']}), {report['machine']}, commit {report['commit']}, onnxruntime "
+        f"{report['onnxruntime']}. Tests marked `gpu`: {report['tests']}.",
         *(f"\nDid not run: {reason}" for reason in report["failed"]),
         "",
-        "| target | with | loop | batch | p50 ms | guarded | p99 ms | guarded | images/s | guarded | p50 ratio "
-        "| throughput ratio | scores differ |",
-        "| --- | --- | --- |" + " --- |" * 10,
+        "| with | loop | batch | p50 ms | guarded | p99 ms | guarded | images/s | guarded | p50 ratio | throughput ratio "
+        "| scores differ |",
+        "| --- | --- |" + " --- |" * 10,
     ]
     for row in report["rows"]:
         plain, guarded = row["unguarded"], row["guarded"]
         figures = [f"{part[key]:.4g}" for key in ("p50_ms", "p99_ms", "throughput") for part in (plain, guarded)]
         ratios = [f"{row['p50_ratio']:.2f}", f"{row['throughput_ratio']:.2f}", f"{row['scores_differ']:.1e}"]
-        lines.append("| " + " | ".join([row["target"], row["way"], row["loop"], str(row["batch"]), *figures, *ratios]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append("| " + " | ".join([row["way"], row["loop"], str(row["batch"]), *figures, *ratios]) + " |")
+    return lines
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the options, check and write the report."""
+    """Read the options, check and write the reports."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description="All that needs a GPU.")
     parser.add_argument("--targets", default="resnet18_32,resnet50_224")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each pair of figures")
@@ -156,30 +166,29 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(NEEDED)
     try:
         for report in check(device, choose(options.targets, NETWORKS), options.seconds):
-            JSON.write_text(json.dumps(report, indent=1) + "\n")
-            PAGE.write_text(render_page(report))
+            write_row(report, JSON)
+            PAGE.write_text(render_page(read_rows(JSON)))
     except DiffenseError as error:
         sys.exit(f"gpu-check: {error}")
     print(PAGE.read_text())
 
 
-def check(device: Device, targets: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
-    """The report, with the rows of one target more each time: what is measured survives a machine that is taken away."""
-    report: dict[str, Any] = {
-        "gpu": device.name,
-        "compute_capability": device.capability,
-        "machine": describe_machine(),
-        "commit": find_commit(),
-        "onnxruntime": onnxruntime.__version__,
-        "tests": run_tests(),
-        "rows": [],
-        "failed": [],
-    }
+def check(device: Device, targets: Sequence[str], seconds: float) -> Iterator[Row]:
+    """A report a target, as soon as there is one: what is measured survives a machine that is taken away."""
+    tests = run_tests()
     for name in targets:
         rows, failed = measure_target(name, seconds, print)
-        report["rows"] += rows
-        report["failed"] += failed
-        yield report
+        yield {
+            "target": name,
+            "gpu": device.name,
+            "compute_capability": device.capability,
+            "machine": describe_machine(),
+            "commit": find_commit(),
+            "onnxruntime": onnxruntime.__version__,
+            "tests": tests,
+            "rows": rows,
+            "failed": failed,
+        }
 
 
 if __name__ == "__main__":

@@ -39,13 +39,14 @@ REPEATS_KEYS: Final = ("target", "repeated", "backend", "machine")
 TIMELINE_KEYS: Final = ("target", "placement", "loop", "batch", "backend", "machine")
 OVERLOAD_KEYS: Final = ("target", "placement", "front", "queue", "max_batch_size", "factor", "backend", "machine")
 MEMORY_KEYS: Final = ("target", "placement", "loop", "backend", "machine")
+GPU_KEYS: Final = ("target",)
 
 Row = dict[str, Any]
 # What only rows of one kind have -> the keys of that kind.
 KINDS: Final = {
     "factor": OVERLOAD_KEYS, "processes": MEMORY_KEYS, "prediction_ratio": STREAM_KEYS,
     "repeated": REPEATS_KEYS, "steps_ms": TIMELINE_KEYS, "placement": SERVING_KEYS,
-    "flops": FLOOR_KEYS, "settings_ms": FLOOR_KEYS, "forward_ms": COST_KEYS,
+    "flops": FLOOR_KEYS, "settings_ms": FLOOR_KEYS, "forward_ms": COST_KEYS, "compute_capability": GPU_KEYS,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """ONNX graphs on disk and in onnxruntime: read with checks, hashed, written reproducibly, run in batches."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def open_session(model: Path | bytes | ir.Model, threads: int = 0, *, optimize: 
 
     Args:
         model: a file, a serialised graph, or a graph in memory.
-        threads: of one operator; 0 leaves the choice to onnxruntime.
+        threads: of one operator; 0 for one a core that this process may use.
         optimize: False skips all graph rewriting, which is quicker where the graph runs once.
 
     Raises:
@@ -144,7 +145,8 @@ def open_session(model: Path | bytes | ir.Model, threads: int = 0, *, optimize: 
         _check_name(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = threads
+    # onnxruntime itself counts the cores of the whole machine, and the threads of those that it may not use spin all the same.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     providers: list[Any] = ["CPUExecutionProvider"]

@@ -1,6 +1,5 @@
 """The report of a GPU machine, as far as it goes without one: the same measuring on onnxruntime's CPU provider."""
 
-import json
 from itertools import product
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from ahead_of_time import AheadOfTime, load
 from benchmarks import gpu_check
 from benchmarks.gpu_check import LOOPS, measure_runs, render_page
+from benchmarks.records import read_rows, write_row
 from benchmarks.serving.runtimes import ASIDE, BATCHES, Graphs, open_onnxruntime, open_plans
 from diffense import names
 from diffense.errors import OptionError
@@ -48,9 +48,9 @@ def test_a_row_a_batch_with_both_sides_and_their_ratios(graphs):
         assert row["guarded"]["requests"] == row["unguarded"]["requests"] > 0
         assert row["latents_differ"] < 1e-4 and row["scores_differ"] < 1e-3
         assert row["loop"] in ("whole", "direct") or row["latents_differ"] == row["scores_differ"] == 0
-    rows = [{"target": "small", "way": "onnxruntime"} | row for row in rows]
-    report = {"gpu": "G", "compute_capability": "8.6", "machine": "M", "commit": "c", "tests": "2 passed", "rows": rows}
-    page = render_page(report | {"failed": ["small, TensorRT: out of luck"]})
+    report = {"target": "small", "gpu": "G", "compute_capability": "8.6", "machine": "M", "commit": "c", "onnxruntime": "1"}
+    report |= {"tests": "2 passed", "rows": [{"way": "onnxruntime"} | row for row in rows]}
+    page = render_page([report | {"failed": ["small, TensorRT: out of luck"]}])
     assert "Did not run: small, TensorRT: out of luck" in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(BATCHES) * len(LOOPS)
@@ -76,7 +76,7 @@ def test_without_a_gpu_one_line_says_what_is_needed():
 
 def test_what_is_measured_is_written_before_the_next_target_begins(tmp_path, monkeypatch):
     figures = {"p50_ms": 1.0, "p99_ms": 2.0, "throughput": 3.0}
-    row = {"target": "demo", "way": "w", "loop": "whole", "batch": 1, "unguarded": figures, "guarded": figures} | dict.fromkeys(
+    row = {"way": "w", "loop": "whole", "batch": 1, "unguarded": figures, "guarded": figures} | dict.fromkeys(
         ("p50_ratio", "throughput_ratio", "latents_differ", "scores_differ"), 1.0
     )
 
@@ -85,6 +85,9 @@ def test_what_is_measured_is_written_before_the_next_target_begins(tmp_path, mon
             raise OptionError("the GPU is gone")
         return [row], []
 
+    before = {"target": "resnet18_32", "gpu": "older", "compute_capability": "8.0", "machine": "M", "commit": "c"}
+    before |= {"onnxruntime": "1", "tests": "none", "rows": [row], "failed": []}
+    write_row(before, tmp_path / "gpu.json")
     for name, value in {
         "JSON": tmp_path / "gpu.json",
         "PAGE": tmp_path / "gpu.md",
@@ -95,5 +98,7 @@ def test_what_is_measured_is_written_before_the_next_target_begins(tmp_path, mon
         monkeypatch.setattr(gpu_check, name, value)
     with pytest.raises(SystemExit, match="gpu-check: the GPU is gone"):
         gpu_check.main(["--targets", "demo,resnet18_32"])
-    assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == [row]
-    assert "| demo | w | whole | 1 |" in (tmp_path / "gpu.md").read_text()
+    now, kept = read_rows(tmp_path / "gpu.json")
+    assert (now["target"], now["gpu"], now["rows"]) == ("demo", "G", [row]) and kept == before
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## demo\n\nG (8.6)" in page and "## resnet18_32\n\nolder (8.0)" in page and page.count("| w | whole | 1 |") == 2

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,15 @@ def test_run_batched_gives_every_row_its_own_result(rows: int, batch: int | None
     single = open_session(models.two_layers().SerializeToString(), threads=1)
     for row, image in zip(logits, images, strict=True):
         np.testing.assert_allclose(row, single.run(None, {"image": image[None]})[0][0], atol=1e-5)
+
+
+def test_a_session_has_no_more_threads_than_the_process_has_cores() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert open_session(models.two_layers().SerializeToString()).get_session_options().intra_op_num_threads == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_run_batched_names_the_input_that_fails() -> None:
