@@ -22,7 +22,7 @@ from benchmarks.figures import (
     sort_rows,
 )
 from benchmarks.peer_figures import CLOSED_FORM
-from benchmarks.peer_tables import render_costs, render_peers, render_plain, render_published
+from benchmarks.peer_tables import find_pairs, render_costs, render_pairs, render_peers, render_plain, render_published
 from benchmarks.records import DETECTION, SHIFT, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
 
@@ -164,7 +164,9 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     ]
     parts += render_published(rows)
     parts += render_plain(rows)
-    others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row)]
+    parts += render_pairs(rows, variants)
+    pairs = find_pairs(rows, variants)
+    others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row) and row not in pairs]
     parts += render_beside("Other networks, other target seeds", others)
     parts += render_turned([*rows, *variants])
     parts += render_unseen([row for row in rows if row["attack"] in UNSEEN])

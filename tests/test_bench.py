@@ -231,6 +231,18 @@ def test_rows_of_another_target_are_not_shown_as_seeds_of_the_cell():
     assert lines[1].startswith("| CIFAR-10, WaNet | 0.9192 / 0.980, another | 5 | 1 |")
 
 
+def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():
+    row = make_row(attack="htba", n_triggered=100, asr_before=0.2, auroc=0.9)
+    again = row | {"again": 1, "auroc": 0.8}
+    others = [row | {"seed": seed, "auroc": auroc, "peers": {"lda": {"auroc": 0.5}}} for seed, auroc in ((2, 0.6), (1, 0.7))]
+    narrow = row | {"target": "narrow_resnet18", "seed": 3}
+    assert [pair["auroc"] for pair in peer_tables.find_pairs([row, *others, narrow, make_row()], [again])] == [0.8, 0.7, 0.6]
+    lines = peer_tables.render_pairs([row, *others], [again])
+    assert lines[-1] == "| CIFAR-10 | 3 | 0.7000 | 0.5000 |"
+    assert "| CIFAR-10, HTBA, trained again | 0 | 0.9200 | 20 of 100 | – | 0.8000 | – |" in lines
+    assert peer_tables.find_pairs([row, make_row(seed=1)], [again]) == peer_tables.render_pairs([row], []) == []
+
+
 def test_the_page_tells_which_guards_have_two_draws():
     rows = [make_row(), make_row(attack="idba", commit="99c04b0+"), make_row(attack="issba", commit="2165ba5+")]
     assert tables.describe_draws(rows) == "Guards have four draws a level; two: CIFAR-10, IDBA (docs/decisions/0028)."
