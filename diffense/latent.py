@@ -21,7 +21,8 @@ from diffense.target import Target
 Matrix = NDArray[np.float64]
 
 WIDTH: Final = 64  # directions kept of one tap
-QUARTERS_UP_TO: Final = 512  # channels; wider maps give their mean instead of their 2x2 means, or a covariance would not fit
+CELLS: Final = 2  # of a map each way; the mean of each is read
+CELLS_UP_TO: Final = 512  # channels; wider maps give one mean, or a covariance would not fit
 LEAST_VARIANCE: Final = 1e-6  # of the largest; below it float32 activations are rounding noise
 ROWS_PER_DIRECTION: Final = 4
 
@@ -62,8 +63,15 @@ class LatentGraph:
         return value
 
 
-def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value]) -> list[ir.Value]:
-    """Pool each tap to (N, P) float32: 2x2 means and maximum of maps, class token and token mean of tokens, vectors as is."""
+def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value], cells: int = CELLS) -> list[ir.Value]:
+    """Pool each tap to (N, P) float32: means and maximum of maps, class token and token mean of tokens, vectors as is.
+
+    Args:
+        graph: of the target.
+        taps: to pool.
+        values: of the taps, in the graph, batch first.
+        cells: of a map each way, of each of which a channel's mean is taken; fewer where the map has fewer pixels.
+    """
     nodes = LatentGraph(graph)
     pooled: list[ir.Value] = []
     for tap, value in reversed(list(zip(taps, values, strict=True))):
@@ -76,17 +84,19 @@ def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Val
             pooled.append(nodes.add("Concat", [first, nodes.add("Flatten", [mean], axis=1)], axis=1))
         else:
             x = nodes.add("Transpose", [x], perm=[0, 3, 1, 2]) if tap.kind == "map_nhwc" else x
-            pooled.append(_pool_map(nodes, x, tap))
+            pooled.append(_pool_map(nodes, x, tap, cells))
     return pooled[::-1]
 
 
-def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap) -> ir.Value:
+def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap, cells: int) -> ir.Value:
     channels, height, width = tap.shape if tap.kind == "map" else (tap.shape[2], *tap.shape[:2])
     if height == width == 1:
         return nodes.add("Flatten", [x], axis=1)
-    if channels <= QUARTERS_UP_TO and min(height, width) > 1:
-        # Kernel ceil(n/2) at stride floor(n/2) gives two windows that cover n, overlapping by one where n is odd.
-        kernel, strides = [-(-height // 2), -(-width // 2)], [height // 2, width // 2]
+    cells = min(cells, height, width)
+    if channels <= CELLS_UP_TO and cells > 1:
+        # Windows at stride floor(n/cells), the longest that cover n: of two, overlapping by one where n is odd.
+        strides = [height // cells, width // cells]
+        kernel = [height - (cells - 1) * strides[0], width - (cells - 1) * strides[1]]
         means = nodes.add("AveragePool", [x], kernel_shape=kernel, strides=strides)
     else:
         means = nodes.add("GlobalAveragePool", [x])

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.ablation.fits import Fits
 from benchmarks.ablation.trial import Trial
 from benchmarks.ablation.variants import VARIANTS, Variant
-from benchmarks.latents import CellLatents, get_latents
+from benchmarks.latents import get_latents
 from benchmarks.metrics import measure_detection
 from benchmarks.records import ABLATION, read_rows, write_row
 from benchmarks.settings import describe_machine, find_commit
@@ -57,11 +57,13 @@ def run_ablation(cells: Sequence[Cell], seeds: Sequence[int], groups: Sequence[s
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("ablation", total=sum(len(variants) for *_, variants in jobs))
         for cell, seed, variants in jobs:
-            latents: CellLatents = get_latents(cell, seed, progress.console.print)
-            fits = Fits(latents, seed)
+            fits: dict[int, Fits] = {}
             for variant in variants:
                 progress.update(task, description=f"{cell.name} {seed}: {variant.name}")
-                write_row(describe_row(cell, seed, variant) | measure_variant(fits, variant), ABLATION)
+                if variant.cells not in fits:
+                    latents = get_latents(cell, seed, progress.console.print, variant.cells)
+                    fits = {variant.cells: Fits(latents, seed)}
+                write_row(describe_row(cell, seed, variant) | measure_variant(fits[variant.cells], variant), ABLATION)
                 progress.advance(task)
 
 
