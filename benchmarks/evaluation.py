@@ -73,7 +73,7 @@ def evaluate_cell(
         One row of ``detection.json``.
     """
     found = prepare_cell(cell, clean_per_class, progress, guard_seed)
-    start = time.monotonic()
+    begun = start = time.monotonic()
     guard = fit_cell(found, clean_per_class, guard_seed, progress)
     fit_seconds = time.monotonic() - start
     views, labels = view_cell(guard, found)
@@ -111,6 +111,7 @@ def evaluate_cell(
         "auroc_turned": measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], turned).auroc,
         "network": guard.manifest.network.model_dump(),
         "fit_s": round(fit_seconds, 1),
+        "cell_s": round(time.monotonic() - begun, 1),  # fit and evaluation, without peers
         "score_ms": round(score_ms, 3),
         "target_forwards": 1.0,
     }

@@ -55,6 +55,7 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     assert row["clean_accuracy"] > 0.9 and row["asr_before"] > 0.9 and row["auroc"] > 0.9
     assert row["asr_after_fpr5"] <= row["asr_after_fpr1"] <= row["asr_before"]
     assert row["n_clean_fit"] + row["n_clean_calibration"] == 500 and row["n_clean_eval"] == 300
+    assert 0.0 < row["fit_s"] <= row["cell_s"]
     assert row["peers"]["scaleup"]["target_forwards"] == 5 and row["peers"]["ratio"]["target_forwards"] == 1
     trained = [line for line in lines if line.startswith("epoch")]
     assert len(trained) == SPEC.epochs
