@@ -86,7 +86,7 @@ def find_pairs(rows: list[Row], variants: list[Row]) -> list[Row]:
 
 
 def render_pairs(rows: list[Row], variants: list[Row]) -> list[str]:
-    """Hidden triggers pair by pair, and the means of the guard and its peers over the pairs of each data set."""
+    """Hidden triggers pair by pair, and the means of the guard and of the peers that have all pairs of a data set."""
     pairs = find_pairs(rows, variants)
     if not pairs:
         return []
@@ -102,7 +102,9 @@ def render_pairs(rows: list[Row], variants: list[Row]) -> list[str]:
     for dataset in sorted({row["dataset"] for row in pairs}):
         same = [row for row in pairs if row["dataset"] == dataset]
         figures = [show(average(row["auroc"] for row in same))]
-        figures += [show(average(find_figure(row, name, "auroc") for row in same)) for name in names]
+        for name in names:
+            found = [find_figure(row, name, "auroc") for row in same]
+            figures.append(show(None if None in found else average(found)))
         means.append(f"| {SPECS[dataset].title} | {len(same)} | " + " | ".join(figures) + " |")
     note = (
         "The attack's paper takes the mean over ten pairs of a source and a target class. A seed draws the pair, the patch and "
