@@ -16,7 +16,7 @@ from benchmarks.targets import Cell, get_target
 from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
 from diffense.fit import FitSettings, default_preprocessing
-from diffense.latent import CELLS
+from diffense.latent import GRID
 from diffense.preparation import prepare_clean
 from diffense.tapping import open_pooling, project_taps
 from diffense.target import Target
@@ -57,23 +57,21 @@ class CellLatents:
     width: int
 
 
-def get_latents(cell: Cell, seed: int, progress: Callable[[str], None], cells: int = CELLS) -> CellLatents:
+def get_latents(cell: Cell, seed: int, progress: Callable[[str], None], grid: int = GRID) -> CellLatents:
     """Give the latents of a cell under one seed of the guard's split, from the cache or by running the target once.
 
     Args:
         cell: of the matrix.
         seed: of the guard.
         progress: told what is going on.
-        cells: of a tap's map each way whose means are read.
+        grid: parts of a tap's map each way whose means are read.
     """
     target = get_target(cell, progress)
-    recipe = {"version": FORM, "target": hash_file(target.path), "seed": seed, "most": MOST}
-    more = {} if cells == CELLS else {"cells": cells}
-    recipe |= more
-    folder = find_cache() / "latents" / "-".join([cell.name, str(seed), *(f"{key}{value}" for key, value in more.items())])
+    recipe = {"version": FORM, "target": hash_file(target.path), "seed": seed, "most": MOST, "grid": grid}
+    folder = find_cache() / "latents" / f"{cell.name}-{seed}-{grid}"
     facts = read_entry(folder, recipe, progress)
     if facts is None:
-        facts = write_entry(folder, recipe, lambda work: _collect(cell, seed, cells, work, progress))
+        facts = write_entry(folder, recipe, lambda work: _collect(cell, seed, grid, work, progress))
     arrays = load_file(folder / ARRAYS)
     seen = {
         part: Seen(arrays[f"{part}_logits"].astype(np.float64), arrays[f"{part}_latents"].astype(np.float64))
@@ -82,13 +80,13 @@ def get_latents(cell: Cell, seed: int, progress: Callable[[str], None], cells: i
     return CellLatents(folds=arrays["folds"], originals=facts["originals"], width=facts["width"], **seen)
 
 
-def _collect(cell: Cell, seed: int, cells: int, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def _collect(cell: Cell, seed: int, grid: int, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     found = prepare_cell(cell, None, progress)
     target = Target.open(found.target.path)
     taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
     settings = FitSettings(seed=seed)
-    prepared = prepare_clean(target, found.clean.pixels, taps, preprocessing, settings.alpha, "label", seed, progress, cells)
-    run = open_pooling(target, taps, preprocessing, cells)
+    prepared = prepare_clean(target, found.clean.pixels, taps, preprocessing, settings.alpha, "label", seed, progress, grid)
+    run = open_pooling(target, taps, preprocessing, grid)
     width = prepared.latents.shape[1] // len(taps)
     folds = assign_folds(prepared.clean.labels[: prepared.clean.originals], FOLDS, prepared.generator)
     arrays: dict[str, NDArray[Any]] = {

@@ -85,9 +85,8 @@ def find_pairs(rows: list[Row], variants: list[Row]) -> list[Row]:
     return [found[key] for key in sorted(found) if key[0] in several]
 
 
-def render_pairs(rows: list[Row], variants: list[Row]) -> list[str]:
+def render_pairs(pairs: list[Row]) -> list[str]:
     """Hidden triggers pair by pair, and the means of the guard and of the peers that have all pairs of a data set."""
-    pairs = find_pairs(rows, variants)
     if not pairs:
         return []
     names = list_peers(pairs)

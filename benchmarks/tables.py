@@ -164,8 +164,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
     ]
     parts += render_published(rows)
     parts += render_plain(rows)
-    parts += render_pairs(rows, variants)
     pairs = find_pairs(rows, variants)
+    parts += render_pairs(pairs)
     others = [row for row in rows if row["attack"] in MATRIX and not is_cell(row) and row not in pairs]
     parts += render_beside("Other networks, other target seeds", others)
     parts += render_turned([*rows, *variants])

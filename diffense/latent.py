@@ -21,8 +21,8 @@ from diffense.target import Target
 Matrix = NDArray[np.float64]
 
 WIDTH: Final = 64  # directions kept of one tap
-CELLS: Final = 2  # of a map each way; the mean of each is read
-CELLS_UP_TO: Final = 512  # channels; wider maps give one mean, or a covariance would not fit
+GRID: Final = 2  # parts of a map each way; the mean of each is read
+GRID_UP_TO: Final = 512  # channels; wider maps give one mean, or a covariance would not fit
 LEAST_VARIANCE: Final = 1e-6  # of the largest; below it float32 activations are rounding noise
 ROWS_PER_DIRECTION: Final = 4
 
@@ -63,14 +63,14 @@ class LatentGraph:
         return value
 
 
-def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value], cells: int = CELLS) -> list[ir.Value]:
+def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Value], grid: int = GRID) -> list[ir.Value]:
     """Pool each tap to (N, P) float32: means and maximum of maps, class token and token mean of tokens, vectors as is.
 
     Args:
         graph: of the target.
         taps: to pool.
         values: of the taps, in the graph, batch first.
-        cells: of a map each way, of each of which a channel's mean is taken; fewer where the map has fewer pixels.
+        grid: parts of a map each way, of each of which a channel's mean is taken; fewer where the map has fewer pixels.
     """
     nodes = LatentGraph(graph)
     pooled: list[ir.Value] = []
@@ -84,19 +84,19 @@ def append_pooling(graph: ir.Graph, taps: Sequence[Tap], values: Sequence[ir.Val
             pooled.append(nodes.add("Concat", [first, nodes.add("Flatten", [mean], axis=1)], axis=1))
         else:
             x = nodes.add("Transpose", [x], perm=[0, 3, 1, 2]) if tap.kind == "map_nhwc" else x
-            pooled.append(_pool_map(nodes, x, tap, cells))
+            pooled.append(_pool_map(nodes, x, tap, grid))
     return pooled[::-1]
 
 
-def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap, cells: int) -> ir.Value:
+def _pool_map(nodes: LatentGraph, x: ir.Value, tap: Tap, grid: int) -> ir.Value:
     channels, height, width = tap.shape if tap.kind == "map" else (tap.shape[2], *tap.shape[:2])
     if height == width == 1:
         return nodes.add("Flatten", [x], axis=1)
-    cells = min(cells, height, width)
-    if channels <= CELLS_UP_TO and cells > 1:
-        # Windows at stride floor(n/cells), the longest that cover n: of two, overlapping by one where n is odd.
-        strides = [height // cells, width // cells]
-        kernel = [height - (cells - 1) * strides[0], width - (cells - 1) * strides[1]]
+    grid = min(grid, height, width)
+    if channels <= GRID_UP_TO and grid > 1:
+        # Windows at stride floor(n/grid), as short as they may be to cover n: of two, overlapping by one where n is odd.
+        strides = [height // grid, width // grid]
+        kernel = [height - (grid - 1) * strides[0], width - (grid - 1) * strides[1]]
         means = nodes.add("AveragePool", [x], kernel_shape=kernel, strides=strides)
     else:
         means = nodes.add("GlobalAveragePool", [x])

@@ -20,7 +20,7 @@ from diffense.clean import (
 from diffense.errors import ImageError
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
-from diffense.latent import CELLS, Whitening
+from diffense.latent import GRID, Whitening
 from diffense.tapping import open_pooling, whiten
 from diffense.taps import Tap
 from diffense.target import Target
@@ -64,7 +64,7 @@ def prepare_clean(
     guide: Literal["auto", "label", "logits"],
     seed: int,
     notify: Callable[[str], None],
-    cells: int = CELLS,
+    grid: int = GRID,
 ) -> Prepared:
     """Run the target on the clean images, split them, add copies, whiten the taps.
 
@@ -77,7 +77,7 @@ def prepare_clean(
         guide: what guides the latents.
         seed: of split and copies.
         notify: told, in one line each, what the user should know.
-        cells: of a map each way whose means are read.
+        grid: parts of a map each way whose means are read.
 
     Raises:
         TooFewImagesError: too few clean images for alpha or for a class.
@@ -91,7 +91,7 @@ def prepare_clean(
     else:
         calibration_size = count_calibration(len(images), alpha)
     generator = np.random.default_rng(seed)
-    run = open_pooling(target, taps, preprocessing, cells)
+    run = open_pooling(target, taps, preprocessing, grid)
     logits, pooled = run(images)
     broken = np.flatnonzero(~np.isfinite(np.concatenate([logits, *pooled], axis=1)).all(axis=1))
     if len(broken):

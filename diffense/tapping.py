@@ -11,15 +11,15 @@ from diffense.clean import CleanSet, Run, count_independent
 from diffense.graphs import open_session, run_batched, save_graph
 from diffense.guidance import Kind, average_by_label, fit_guidance, one_hot, split_mean
 from diffense.images import Preprocessing
-from diffense.latent import CELLS, Whitening, append_latents, append_pooling, fit_whitening
+from diffense.latent import GRID, Whitening, append_latents, append_pooling, fit_whitening
 from diffense.taps import Tap
 from diffense.target import Target
 
 
-def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessing, cells: int = CELLS) -> Run:
-    """Give a function from pixels to float64 logits and pooled features of each tap, maps of so many cells each way."""
+def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessing, grid: int = GRID) -> Run:
+    """Give a function from pixels to float64 logits and pooled features of each tap; `grid` as `append_pooling` has it."""
     model = target.load_graph()
-    pooled = _pool(model.graph, taps, cells)
+    pooled = _pool(model.graph, taps, grid)
     for value in pooled:
         value.dtype = ir.DataType.FLOAT
         if not value.is_graph_output():
@@ -34,7 +34,7 @@ def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessi
     return run
 
 
-def _pool(graph: ir.Graph, taps: Sequence[Tap], cells: int = CELLS) -> list[ir.Value]:
+def _pool(graph: ir.Graph, taps: Sequence[Tap], grid: int = GRID) -> list[ir.Value]:
     """Append the pooling of the taps, each with the batch brought to the front."""
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     fronted = []
@@ -46,7 +46,7 @@ def _pool(graph: ir.Graph, taps: Sequence[Tap], cells: int = CELLS) -> list[ir.V
             graph.append(node)
             value = node.outputs[0]
         fronted.append(value)
-    return append_pooling(graph, taps, fronted, cells)
+    return append_pooling(graph, taps, fronted, grid)
 
 
 def whiten(clean: CleanSet, kind: Kind, probabilities: bool) -> tuple[list[Whitening], NDArray[np.float64]]:

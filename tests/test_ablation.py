@@ -60,8 +60,8 @@ def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path, mo
     assert np.allclose(trial.score(trial.fits.cell.evaluation), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_latents_of_fewer_cells_are_others_and_are_kept_apart(cell):
-    usual, vectors, again = (get_latents(cell, 0, print, cells).evaluation for cells in (2, 1, 2))
+def test_latents_of_another_grid_are_others_and_are_kept_apart(cell):
+    usual, vectors, again = (get_latents(cell, 0, print, grid).evaluation for grid in (2, 1, 2))
     assert np.array_equal(usual.logits, vectors.logits) and np.array_equal(usual.latents, again.latents)
     assert usual.latents.shape != vectors.latents.shape or not np.allclose(usual.latents, vectors.latents)
 

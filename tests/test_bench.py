@@ -238,10 +238,11 @@ def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():
     others = [row | {"seed": seed, "auroc": auroc, "peers": {"lda": {"auroc": 0.5}}} for seed, auroc in ((2, 0.6), (1, 0.7))]
     narrow = row | {"target": "narrow_resnet18", "seed": 3}
     assert [pair["auroc"] for pair in peer_tables.find_pairs([row, *others, narrow, make_row()], [again])] == [0.8, 0.7, 0.6]
-    lines = peer_tables.render_pairs([row, *others], [again | {"peers": {"lda": {"auroc": 0.8}, "knn": {"auroc": 0.9}}}])
+    again |= {"peers": {"lda": {"auroc": 0.8}, "knn": {"auroc": 0.9}}}
+    lines = peer_tables.render_pairs(peer_tables.find_pairs([row, *others], [again]))
     assert lines[-1] == "| CIFAR-10 | 3 | 0.7000 | – | 0.6000 |", "a mean over some of the pairs compares with nothing"
     assert "| CIFAR-10, HTBA, trained again | 0 | 0.9200 | 20 of 100 | – | 0.8000 | – |" in lines
-    assert peer_tables.find_pairs([row, make_row(seed=1)], [again]) == peer_tables.render_pairs([row], []) == []
+    assert peer_tables.find_pairs([row, make_row(seed=1)], [again]) == peer_tables.render_pairs([]) == []
 
 
 def test_the_page_tells_which_guards_have_two_draws():

@@ -6,21 +6,21 @@ from hypothesis import strategies as st
 
 from diffense.chain import fit_chain
 from diffense.graphs import open_session
-from diffense.latent import CELLS, append_pooling, fit_whitening
+from diffense.latent import GRID, append_pooling, fit_whitening
 from diffense.taps import Tap
 from shapes import draw_shapes
 
 RNG = np.random.default_rng(0)
 
 
-def pool(array, kind, opset, dtype="float32", cells=CELLS):
+def pool(array, kind, opset, dtype="float32", grid=GRID):
     shape = ("N", *array.shape[1:])
     declared = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.FLOAT
     image = ir.val("x", dtype=declared, shape=shape)
     node = ir.node("Identity", [image])
     node.outputs[0].name = "tap"
     graph = ir.Graph([image], [], nodes=[node], opset_imports={"": opset})
-    pooled = append_pooling(graph, [Tap("tap", kind, array.shape[1:], 0.5, dtype)], [node.outputs[0]], cells)[0]
+    pooled = append_pooling(graph, [Tap("tap", kind, array.shape[1:], 0.5, dtype)], [node.outputs[0]], grid)[0]
     pooled.dtype = ir.DataType.FLOAT
     graph.outputs.append(pooled)
     return open_session(ir.Model(graph, ir_version=8)).run(None, {"x": array.astype(dtype)})[0]
@@ -49,15 +49,15 @@ def test_maps_give_quarter_means_and_maximum(sides, opset):
     np.testing.assert_allclose(pool(x.transpose(0, 2, 3, 1), "map_nhwc", opset), pool_map(x), atol=1e-6)
 
 
-@pytest.mark.parametrize(("cells", "side"), [(1, 8), (3, 9), (4, 8), (4, 4), (4, 6), (4, 3)])
-def test_maps_may_be_read_in_fewer_or_more_cells(cells, side):
+@pytest.mark.parametrize(("grid", "side"), [(1, 8), (3, 9), (4, 8), (4, 4), (4, 6), (4, 3)])
+def test_maps_may_be_read_in_coarser_or_finer_grids(grid, side):
     x = RNG.normal(size=(2, 3, side, side)).astype(np.float32)
-    count = min(cells, side)
+    count = min(grid, side)
     starts = [place * (side // count) for place in range(count)]
     parts = [slice(start, start + side - starts[-1]) for start in starts]
     means = np.stack([[x[:, :, a, b].mean(axis=(2, 3)) for b in parts] for a in parts]).transpose(2, 3, 0, 1)
     want = np.concatenate([means.reshape(2, -1), x.max(axis=(2, 3))], axis=1)
-    np.testing.assert_allclose(pool(x, "map", 18, cells=cells), want, atol=1e-6)
+    np.testing.assert_allclose(pool(x, "map", 18, grid=grid), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("opset", [11, 18])

@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from diffense.graphs import open_session
-from diffense.latent import CELLS_UP_TO, Whitening, append_latents, append_pooling, find_directions, fit_whitening
+from diffense.latent import GRID_UP_TO, Whitening, append_latents, append_pooling, find_directions, fit_whitening
 from diffense.names import LATENTS
 from diffense.signature import TensorSpec
 from diffense.taps import Tap
@@ -30,7 +30,7 @@ def pool_map(x: Array) -> Array:
     channels, height, width = x.shape[1:]
     if height == width == 1:
         return x[:, :, 0, 0]
-    if channels > CELLS_UP_TO or min(height, width) == 1:
+    if channels > GRID_UP_TO or min(height, width) == 1:
         return np.concatenate([x.mean(axis=(2, 3)), x.max(axis=(2, 3))], axis=1)
     tops = (slice(0, -(-height // 2)), slice(height // 2, height))
     lefts = (slice(0, -(-width // 2)), slice(width // 2, width))

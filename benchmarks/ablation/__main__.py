@@ -60,10 +60,9 @@ def run_ablation(cells: Sequence[Cell], seeds: Sequence[int], groups: Sequence[s
             fits: dict[int, Fits] = {}
             for variant in variants:
                 progress.update(task, description=f"{cell.name} {seed}: {variant.name}")
-                if variant.cells not in fits:
-                    latents = get_latents(cell, seed, progress.console.print, variant.cells)
-                    fits = {variant.cells: Fits(latents, seed)}
-                write_row(describe_row(cell, seed, variant) | measure_variant(fits[variant.cells], variant), ABLATION)
+                if variant.grid not in fits:
+                    fits[variant.grid] = Fits(get_latents(cell, seed, progress.console.print, variant.grid), seed)
+                write_row(describe_row(cell, seed, variant) | measure_variant(fits[variant.grid], variant), ABLATION)
                 progress.advance(task)
 
 

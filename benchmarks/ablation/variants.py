@@ -7,7 +7,7 @@ import numpy as np
 
 from diffense.denoiser import HIDDEN
 from diffense.fit import FitSettings
-from diffense.latent import CELLS
+from diffense.latent import GRID
 from diffense.rule import DEEP
 from diffense.scoring import BAND_EDGES
 
@@ -38,7 +38,7 @@ class Variant:
         allowance: whether doubt excuses some of the mismatch.
         deep: weight of the deeper half of the taps.
         rule: how surprises become one score: tap by tap, or all pieces at once.
-        cells: of a tap's map each way whose means are read; 1 makes it a vector.
+        grid: parts of a tap's map each way whose means are read; 1 makes it a vector.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Variant:
     allowance: bool = True
     deep: float = DEEP
     rule: Literal["taps", "squares", "pieces", "max", "z"] = "taps"
-    cells: int = CELLS
+    grid: int = GRID
 
     def lay_levels(self, taps: int) -> tuple[float | tuple[float, ...], ...]:
         """The levels as `FitSettings.sigmas` has them."""
@@ -113,10 +113,10 @@ VARIANTS: Final = (
     replace(DEFAULT, name="first half of the taps", group="bands and taps", taps="first half"),
     replace(DEFAULT, name="second half of the taps", group="bands and taps", taps="second half"),
     replace(DEFAULT, name="last tap alone", group="bands and taps", taps="last"),
-    replace(DEFAULT, name="pooled vectors: one mean a channel", group="maps", cells=1),
-    replace(CLOSED, name="pooled vectors, network off", group="maps", cells=1),
-    replace(DEFAULT, name="maps of 4 x 4 means", group="maps", cells=4),
-    replace(CLOSED, name="maps of 4 x 4 means, network off", group="maps", cells=4),
+    replace(DEFAULT, name="pooled vectors: one mean a channel", group="maps", grid=1),
+    replace(CLOSED, name="pooled vectors, network off", group="maps", grid=1),
+    replace(DEFAULT, name="maps of 4 x 4 means", group="maps", grid=4),
+    replace(CLOSED, name="maps of 4 x 4 means, network off", group="maps", grid=4),
     replace(DEFAULT, name="all taps count alike", group="rule", deep=1.0),
     replace(DEFAULT, name="root mean square of all pieces", group="rule", rule="squares"),
     replace(DEFAULT, name="mean of all pieces", group="rule", rule="pieces"),
