@@ -17,8 +17,9 @@ from benchmarks.peers.base import Inspected
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import count_calibration, split_rows
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.guard import Guard
+from diffense.settings import FitSettings
 from diffense.target import Target
 
 

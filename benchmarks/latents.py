@@ -15,9 +15,10 @@ from benchmarks.settings import find_cache
 from benchmarks.targets import Cell, get_target
 from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
-from diffense.fit import FitSettings, default_preprocessing
+from diffense.fit import default_preprocessing
 from diffense.latent import GRID
 from diffense.preparation import prepare_clean
+from diffense.settings import FitSettings
 from diffense.tapping import open_pooling, project_taps
 from diffense.target import Target
 

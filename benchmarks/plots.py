@@ -20,7 +20,7 @@ from benchmarks.figures import is_cell
 from benchmarks.metrics import BINS, FALSE_ALARMS
 from benchmarks.records import ABLATION, DETECTION, VARIANTS, Row, read_rows
 from benchmarks.settings import RESULTS
-from diffense.fit import FitSettings
+from diffense.settings import FitSettings
 
 CLEAN: Final = "#3b6ea5"
 TRIGGERED: Final = "#c8553d"

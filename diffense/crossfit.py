@@ -127,8 +127,21 @@ def learn_network(
     steps: int,
     seed: int,
     report: Callable[[int, int], None],
+    choose_typical: Callable[[], NDArray[np.bool_]],
 ) -> tuple[dict[str, NDArray[np.float32]] | None, NetworkReport]:
     """Train the denoiser and decide whether it is used.
+
+    Args:
+        clean: all rows.
+        crossed: the parts through which each fold is seen.
+        guidance: of all rows.
+        sigmas: (L, K) the guard's levels.
+        mode: whether it is used; ``auto`` asks the held-out rows.
+        steps: most optimiser steps.
+        seed: of the training.
+        report: told (step, steps).
+        choose_typical: gives the (n,) rows that may be learned from; asked only where something is learned. All held-out
+            originals judge.
 
     Returns:
         The weights, or None when it stays off, and the reason.
@@ -160,7 +173,8 @@ def learn_network(
     def pick(rows: NDArray[np.bool_]) -> Innovations:
         return Innovations(*(a[rows].astype(np.float32) for a in (innovation, guide)))
 
-    learned = train_denoiser(pick(~held_out), pick(held_out & originals), clean.used, sigmas, clean.width, steps, seed, report)
+    rows, judges = pick(~held_out & choose_typical()), pick(held_out & originals)
+    learned = train_denoiser(rows, judges, clean.used, sigmas, clean.width, steps, seed, report)
     better = learned.loss <= GAIN * learned.gaussian_loss
     what = f"held-out loss {learned.loss:.3f} against {learned.gaussian_loss:.3f} of the Gaussian"
     used = better or mode == "on"
@@ -171,26 +185,41 @@ def learn_network(
 
 @dataclass(frozen=True)
 class Reference:
-    """Evidence of clean originals that helped to fit neither their guidance and chain nor, where it matters, the denoiser.
+    """Evidence of clean rows that helped to fit neither their guidance and chain nor, where it matters, the denoiser.
 
     Attributes:
         strange: (n_s, L B) log strangeness; with a network only the rows of the validation fold.
-        mismatch: (n, M) log mismatch of all originals, which no network has a part in.
-        doubt: (n, 1) of all originals.
+        mismatch: (n, M) log mismatch, which no network has a part in.
+        doubt: (n, 1).
+        rows: (n,) which rows of the set these are; they stand fold by fold.
     """
 
     strange: Matrix
     mismatch: Matrix
     doubt: Matrix
+    rows: NDArray[np.int64]
+
+    def take(self, chosen: NDArray[np.bool_]) -> "Reference":
+        """Some of the rows, of evidence without a network."""
+        return Reference(self.strange[chosen], self.mismatch[chosen], self.doubt[chosen], self.rows[chosen])
 
 
-def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None) -> Reference:
-    """Measure every clean original through the parts that were fitted without it."""
-    originals = np.arange(len(clean.source)) < clean.originals
-    strange, mismatch, doubt = [], [], []
+def measure_reference(
+    clean: LatentSet, crossed: CrossFit, formula: Formula, denoise: Denoise | None, chosen: NDArray[np.bool_]
+) -> Reference:
+    """Measure clean rows, each through the part that was fitted without it.
+
+    Args:
+        clean: all rows.
+        crossed: the parts, whose guidance and chain take the place of the formula's.
+        formula: of the guard.
+        denoise: one guided step, or None for the closed form.
+        chosen: (n,) which rows.
+    """
+    strange, mismatch, doubt, places = [], [], [], []
     step = None if denoise is None else in_float32(denoise)
     for fold, part in enumerate(crossed.parts):
-        rows = originals & (crossed.folds == fold)
+        rows = chosen & (crossed.folds == fold)
         if not rows.any():
             continue
         own = replace(formula, guidance=part.guidance, transform=part.chain.transform)
@@ -199,4 +228,5 @@ def measure_reference(clean: LatentSet, crossed: CrossFit, formula: Formula, den
             strange.append(np.log(measure_strangeness(own, residual, guide, step, np) + TINY))
         mismatch.append(np.log(measure_mismatch(own, part.seen.latents[rows], one_hot(clean.logits[rows]), np) + TINY))
         doubt.append(guide[:, -1:])
-    return Reference(*(np.concatenate(parts) for parts in (strange, mismatch, doubt)))
+        places.append(np.flatnonzero(rows))
+    return Reference(np.concatenate(strange), np.concatenate(mismatch), np.concatenate(doubt), np.concatenate(places))

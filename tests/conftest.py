@@ -16,9 +16,10 @@ import onnx_models
 import shapes
 from diffense.backends import NATIVE_SETTING
 from diffense.cli import main
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.serve import TritonServer
+from diffense.settings import FitSettings
 from diffense.target import Target
 
 # A machine that is busy elsewhere for a moment is no failure.

@@ -15,8 +15,9 @@ from benchmarks.evaluation import prepare_cell
 from benchmarks.inspection import inspect_images
 from benchmarks.latents import CellLatents, Seen, get_latents
 from benchmarks.targets import make_cell
-from diffense import fit
-from diffense.fit import FitSettings, fit_guard
+from diffense import scorer_fit
+from diffense.fit import fit_guard
+from diffense.settings import FitSettings
 from diffense.target import Target
 
 
@@ -49,7 +50,7 @@ def fits():
 
 
 def test_the_default_without_network_scores_as_the_guard_does(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "FEWEST_ROWS", 0)  # the ablation's cells have more images: folds that share a whitening
+    monkeypatch.setattr(scorer_fit, "FEWEST_ROWS", 0)  # the ablation's cells have more images: folds that share a whitening
     found = prepare_cell(cell, None, print)
     guard = fit_guard(
         Target.open(found.target.path), found.clean.pixels, tmp_path / "guard", settings=FitSettings(network="off")
@@ -90,6 +91,15 @@ def test_the_mismatch_of_whole_taps_is_the_first_of_each_taps_three_parts(fits):
     found = every.measure_mismatch(every.whole, fits.cell.evaluation)
     assert found.shape[1] == 6
     assert np.array_equal(alone.measure_mismatch(alone.whole, fits.cell.evaluation), found[:, [0, 3]])
+
+
+def test_the_rows_that_are_left_out_are_the_strangest_of_the_closed_form():
+    cell = make_latents(np.random.default_rng(0))
+    cell.clean.latents[[3, 50, 200]] += 6.0
+    trial = Trial(Fits(cell, 0), CLOSED)
+    assert trial.find_strangest() == ()
+    trial.variant = replace(CLOSED, strangest=0.01)
+    assert trial.find_strangest() == (3, 50, 200)
 
 
 def test_variant_names_are_their_own():

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import onnx_models
-from diffense.fit import FitSettings
 from diffense.guard import Guard
+from diffense.settings import FitSettings
 from diffense.target import Target
 from shapes import draw_shapes
 

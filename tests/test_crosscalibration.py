@@ -11,8 +11,9 @@ from diffense.clean import FEW_COPIES, FEW_IMAGES, CleanSet
 from diffense.crosscalibration import score_crossed
 from diffense.description import describe_guard
 from diffense.errors import TooFewImagesError
-from diffense.fit import FitSettings, default_preprocessing, fit_guard
+from diffense.fit import default_preprocessing, fit_guard
 from diffense.preparation import prepare_clean
+from diffense.settings import FitSettings
 from diffense.target import Target
 
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffense import fit
+from diffense import scorer_fit
 from diffense.clean import CleanSet
 from diffense.crossfit import cross_fit, measure_reference
 from diffense.denoiser import denoise, init_weights
-from diffense.fit import FitSettings, fit_scorer, ignore_progress
 from diffense.guidance import one_hot
 from diffense.rule import combine, combine_surprises, find_largest, fit_rule, group_evidence
 from diffense.sampling import draw_noise, in_float32, lay_ladder
 from diffense.scorer import Scorer
+from diffense.scorer_fit import fit_scorer
 from diffense.scoring import (
     BAND_EDGES,
     WHOLE,
@@ -30,6 +30,7 @@ from diffense.scoring import (
     measure_mismatch,
     measure_strangeness,
 )
+from diffense.settings import FitSettings, ignore_progress
 from diffense.surprise import QUANTILES, find_surprise, fit_surprise
 from diffense.tapping import whiten, whiten_by
 from latent_sets import draw_rows, draw_weights, make_set
@@ -273,7 +274,7 @@ def test_folds_are_whitened_again_where_no_network_can_be_learned(
         given.append(rewhiten)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit, "cross_fit", stop)
+    monkeypatch.setattr(scorer_fit, "cross_fit", stop)
     pooled, logits = draw_pooled(rows)
     clean = CleanSet(logits, pooled, np.arange(rows), rows)
     options = FitSettings(network=network)
@@ -315,7 +316,8 @@ def test_surprises_of_fresh_clean_latents_are_as_those_of_the_reference() -> Non
     clean = make_set(latents[:400], logits[:400], WIDTH)
     whole = clean.fit_linear(np.ones(400, bool))
     formula = replace(make_formula(), guidance=whole[0], transform=whole[1].transform)
-    found = measure_reference(clean, cross_fit(clean, whole[0], np.random.default_rng(0)), formula, None)
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
+    found = measure_reference(clean, crossed, formula, None, np.ones(400, bool))
     reference = np.concatenate([found.strange, found.mismatch], axis=1)
     fresh = measure(formula, logits[400:], latents[400:], one_hot(logits[400:]), None, np)
     exceeded = np.mean(find_surprise(fit_surprise(reference), fresh, np) >= -np.log(0.1), axis=0)

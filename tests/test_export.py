@@ -10,9 +10,10 @@ import onnx_models
 from diffense import names
 from diffense.cli import app
 from diffense.errors import ExportError, WrongTargetError
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.serving.settings import AT_ONCE_PARAMETER, GatewayOptions
+from diffense.settings import FitSettings
 from diffense.target import Target, hash_target
 from diffense_export.configs import CONFIG_FILE, FRONT_INSTANCES, parse_config, read_family
 from diffense_export.repository import EXPORT_FILE, export_guard, read_export

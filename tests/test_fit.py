@@ -4,7 +4,8 @@ import pytest
 import onnx_models
 from diffense.calibration import needed_images
 from diffense.errors import BundleError, ImageError, OptionError, TargetError, TooFewImagesError
-from diffense.fit import FitSettings, default_preprocessing, fit_guard
+from diffense.fit import default_preprocessing, fit_guard
+from diffense.settings import FitSettings
 from diffense.target import Target
 from shapes import draw_shapes
 

@@ -9,11 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 import onnx_models
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.graphs import open_session
 from diffense.guard import Guard
 from diffense.names import LATENTS, LOGITS, P_VALUE, SCORE
 from diffense.onnx_arrays import IR_VERSION, OPSET
+from diffense.settings import FitSettings
 from diffense.target import Target
 from diffense_export.scorer import build_scorer
 from shapes import draw_shapes

@@ -11,10 +11,11 @@ from diffense.errors import (
     TooFewImagesError,
     WrongTargetError,
 )
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.names import MANIFEST_FILE
 from diffense.rule import name_groups, share_score
+from diffense.settings import FitSettings
 from diffense.target import Target
 from shapes import draw_shapes, fit_shape_classifier
 

@@ -11,6 +11,7 @@ from diffense.denoiser import CONSTANTS, denoise, init_weights
 from diffense.errors import OptionError
 from diffense.learning import CHECK_EVERY, Innovations, Learned, train_denoiser
 from diffense.sampling import draw_noise, lay_ladder
+from diffense.scorer_fit import STRANGEST, choose_typical
 from diffense.scoring import Formula, lay_bands, list_evidence, list_parts
 from latent_sets import draw_rows, make_set
 
@@ -112,11 +113,13 @@ def test_padding_teaches_nothing() -> None:
     np.testing.assert_allclose(restored[..., ~used], 0, atol=1e-6)
 
 
-def learn(clean: LatentSet, mode: Any, steps: int = 300) -> Any:
-    whole = clean.fit_linear(np.ones(len(clean.latents), bool))
+def learn(clean: LatentSet, mode: Any, steps: int = 300, typical: Any = None) -> Any:
+    everything = np.ones(len(clean.latents), bool)
+    whole = clean.fit_linear(everything)
     crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
     sigmas = np.full((1, clean.latents.shape[1] // clean.width), 0.5)
-    return learn_network(clean, crossed, whole[0], sigmas, mode, steps, 0, lambda step, of: None), crossed
+    kept = everything if typical is None else typical
+    return learn_network(clean, crossed, whole[0], sigmas, mode, steps, 0, lambda step, of: None, lambda: kept), crossed
 
 
 def test_the_network_stays_off_where_a_gaussian_says_it_all() -> None:
@@ -126,6 +129,51 @@ def test_the_network_stays_off_where_a_gaussian_says_it_all() -> None:
     assert report.loss > GAIN * report.gaussian_loss and "no gain" in report.reason
     (weights, report), _ = learn(clean, "on", steps=50)
     assert weights is not None and report.used and "asked for" in report.reason
+
+
+def test_rows_that_are_left_out_teach_nothing_and_still_judge() -> None:
+    clean = make_set(*draw_rows(900, CLASSES, TAPS, WIDTH, seed=0, spread=0.8), WIDTH)
+    strange = np.random.default_rng(1).permutation(900) < 45
+    (_, every), crossed = learn(clean, "on", steps=50)
+    (_, fewer), _ = learn(clean, "on", steps=50, typical=~strange)
+    held_out = crossed.folds == 0
+    (_, none_held), _ = learn(clean, "on", steps=50, typical=~(strange & held_out))
+    assert every.gaussian_loss == fewer.gaussian_loss == none_held.gaussian_loss  # all held-out rows judge
+    assert fewer.loss != every.loss == none_held.loss
+
+
+def find_typical(clean: LatentSet) -> tuple[Any, Any]:
+    whole = clean.fit_linear(np.ones(len(clean.latents), bool))
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
+    size, taps = len(clean.used), len(clean.used) // clean.width
+    noise, ladder = np.zeros((2, size)), lay_ladder(np.full((1, taps), 0.3), 1)
+    bands = lay_bands(clean.used, clean.width)[0]
+    formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, clean.width, 0.0, False)
+    return choose_typical(clean, crossed, formula), crossed
+
+
+@pytest.mark.parametrize("rows", [150, 400, 1250])
+def test_a_hundredth_of_the_originals_is_left_out(rows: int) -> None:
+    latents, logits = draw_rows(rows, CLASSES, TAPS, WIDTH, seed=0)
+    typical, _ = find_typical(make_set(latents, logits, WIDTH))
+    assert (~typical).sum() == np.ceil(STRANGEST * (rows - 1))
+
+
+def test_images_that_the_target_takes_for_another_class_are_left_out_and_so_are_stranger_copies() -> None:
+    latents, logits = draw_rows(1000, CLASSES, TAPS, WIDTH, seed=0)
+    confused = np.flatnonzero(logits.argmax(axis=1) == 0)[:8]
+    latents[confused] = latents[np.flatnonzero(logits.argmax(axis=1) == 1)[:8]]
+    source = np.concatenate([np.arange(1000), np.arange(1000)])
+    copies = latents.copy()
+    copies[500:520] += 30.0
+    clean = LatentSet(
+        np.concatenate([latents, copies]), logits[source], source, 1000, np.ones(SIZE, bool), WIDTH, "label", False, 0.3
+    )
+    typical, _ = find_typical(clean)
+    assert (~typical[confused]).sum() >= 6  # of 10 that are left out of 1,000
+    assert not typical[1500:1520].any()
+    assert (~typical[:1000]).sum() == 10
+    assert typical[1000:].mean() == pytest.approx(0.97, abs=0.005)  # those copies, and the copies of what is left out
 
 
 @pytest.mark.parametrize("steps", [0, 10, CHECK_EVERY - 1])
@@ -173,7 +221,8 @@ def test_reference_distances_are_those_of_unseen_rows(kind: str) -> None:
     bands, names = lay_bands(clean.used, 8)
     noise, ladder = np.zeros((2, 24)), lay_ladder(np.full((1, 3), 0.3), 1)
     formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, 8, 0.0, False)
-    reference = measure_reference(clean, crossed, formula, None)
+    reference = measure_reference(clean, crossed, formula, None, np.ones(rows, bool))
+    assert np.array_equal(reference.rows, np.argsort(crossed.folds, kind="stable"))
     assert reference.strange.shape[1] + reference.mismatch.shape[1] == len(list_evidence(names, 1, list_parts(clean.used, 8)))
     assert len(reference.strange) == len(reference.mismatch) == rows
     assert reference.doubt.shape == (rows, 1) and (reference.doubt >= 0).all()
@@ -199,7 +248,7 @@ def test_with_a_network_only_the_held_out_fold_is_measured() -> None:
         seen.append(guide)
         return noised
 
-    reference = measure_reference(clean, crossed, formula, step)
+    reference = measure_reference(clean, crossed, formula, step, np.ones(100, bool))
     held_out = crossed.folds == 0
     assert len(reference.strange) == held_out.sum() == 20
     assert len(reference.mismatch) == len(reference.doubt) == 100  # no network has a part in them

@@ -12,8 +12,9 @@ import onnx_models
 from ahead_of_time import AheadOfTime, load
 from diffense import names
 from diffense.errors import DiffenseError, ExportError, ParityError
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.graphs import load_model, save_graph
+from diffense.settings import FitSettings
 from diffense.target import Target
 from diffense_export.configs import CONFIG_FILE, parse_config
 from diffense_export.engine import Shapes, find_device

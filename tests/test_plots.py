@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import plots
 from benchmarks.metrics import BINS, FALSE_ALARMS, count_scores, trace_curve
-from diffense.fit import FitSettings
+from diffense.settings import FitSettings
 
 ROW = {
     "dataset": "gtsrb",

@@ -7,8 +7,9 @@ from tritonclient.utils import InferenceServerException
 
 import onnx_models
 from diffense import names
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.serve import TritonServer
+from diffense.settings import FitSettings
 from diffense.target import Target
 from diffense_export.repository import export_guard
 from triton_calls import CLIENTS, ask, check_verdict

@@ -11,8 +11,9 @@ import pytest
 import onnx_models
 from diffense import names
 from diffense.errors import ExportError
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.graphs import load_model, open_session
+from diffense.settings import FitSettings
 from diffense.target import Target, TensorSpec
 from diffense_export.repository import export_guard
 from diffense_export.whole import build_features, build_whole

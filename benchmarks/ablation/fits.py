@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from benchmarks.latents import CellLatents, Matrix, Seen
 from diffense.chain import Chain, fit_chain, shrink_covariance
 from diffense.crossfit import FOLDS, VALIDATION_FOLD
-from diffense.fit import FitSettings, spread_sigmas
 from diffense.guidance import Guidance, fit_guidance, split_mean
 from diffense.learning import Innovations, Learned, train_denoiser
 from diffense.scoring import TINY
+from diffense.settings import FitSettings, spread_sigmas
 from diffense.surprise import Surprise
 
 TRAINING_STEPS: Final = FitSettings().training_steps
@@ -77,7 +77,7 @@ class Fits:
             for fold in range(FOLDS)
         ]
 
-    def _learn(self, parts: tuple[Any, ...], units: int, sigmas: tuple[Any, ...]) -> Learned:
+    def _learn(self, parts: tuple[Any, ...], units: int, sigmas: tuple[Any, ...], left_out: tuple[int, ...]) -> Learned:
         whole, by_fold = self.parts(*parts)
         clean, folds = self.view(self.cell.clean, parts[0]), self.cell.folds
         innovation = np.zeros_like(clean.latents)
@@ -91,9 +91,11 @@ class Fits:
             return Innovations(*(a[rows].astype(np.float32) for a in (innovation, guide)))
 
         held_out = folds == VALIDATION_FOLD
+        taught = ~held_out
+        taught[list(left_out)] = False
         levels = spread_sigmas(sigmas, clean.latents.shape[1] // self.cell.width)
         return train_denoiser(
-            pick(~held_out),
+            pick(taught),
             pick(held_out & originals),
             clean.latents.any(axis=0),
             levels,

@@ -11,7 +11,6 @@ from benchmarks.ablation.variants import Variant
 from benchmarks.latents import Matrix, Seen
 from diffense import denoiser
 from diffense.crossfit import VALIDATION_FOLD
-from diffense.fit import spread_sigmas
 from diffense.guard import open_denoiser
 from diffense.guidance import find_margin, normalise_logits, one_hot
 from diffense.learning import Learned
@@ -28,6 +27,7 @@ from diffense.scoring import (
     list_parts,
     measure_mismatch,
 )
+from diffense.settings import spread_sigmas
 from diffense.surprise import find_surprise
 
 UNCHANGED: Final = ("all", True, "shallower", True, False)
@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, fits: Fits, variant: Variant) -> None:
         self.fits, self.variant = fits, variant
         key = (variant.taps, variant.doubt, variant.chain, variant.divided, variant.by_label)
-        self.whole, by_fold = fits.parts(*key)
+        self.whole, self.by_fold = fits.parts(*key)
         clean = fits.view(fits.cell.clean, variant.taps)
         self.width, self.used = fits.cell.width, clean.latents.any(axis=0)
         levels = variant.lay_levels(len(self.used) // self.width)
@@ -54,19 +54,20 @@ class Trial:
         self.learned: Learned | None = None
         self.denoise: Denoise | None = None
         if variant.network:
-            self.learned = fits.learn(key, variant.units, levels)
+            left_out = self.find_strangest() if variant.strangest else ()
+            self.learned = fits.learn(key, variant.units, levels, left_out)
             shape = (len(self.sigmas) * variant.draws, len(self.used) // self.width, self.width)
             graph = denoiser.build_denoiser(self.learned.weights, shape, variant.label_guidance)
             self.denoise = in_float32(open_denoiser(graph))
         self.noise = draw_noise(len(self.sigmas), variant.draws, len(self.used), fits.seed) * self.used
-        self.fit_statistics(clean, by_fold)
+        self.fit_statistics(clean)
 
-    def fit_statistics(self, clean: Seen, by_fold: list[Part]) -> None:
+    def fit_statistics(self, clean: Seen) -> None:
         """Clean statistics of the evidence; where a network has a part, from the fold that it was not trained on."""
         folds = self.fits.cell.folds
         originals = np.arange(len(folds)) < self.fits.cell.originals
         strange, mismatch, doubt = [], [], []
-        for fold, part in enumerate(by_fold):
+        for fold, part in enumerate(self.by_fold):
             seen = take_rows(clean, originals & (folds == fold))
             if self.denoise is None or fold == VALIDATION_FOLD:
                 strange.append(self.measure_strangeness(part, seen))
@@ -79,6 +80,16 @@ class Trial:
         evidence = [e for e in evidence if e.kind in self.variant.kinds]
         self.rule = replace(fit_rule(blocks, evidence), weights=group_evidence(evidence, self.variant.deep)[1])
         self.moments = [(np.mean(block, axis=0), np.std(block, axis=0)) for block in blocks]
+
+    def find_strangest(self) -> tuple[int, ...]:
+        """Clean rows that the closed form, fitted without them, finds stranger than nearly all originals."""
+        closed = Trial(self.fits, replace(self.variant, network=False))
+        folds, clean = self.fits.cell.folds, self.fits.cell.clean
+        scores = np.zeros(len(folds))
+        for fold, part in enumerate(self.by_fold):
+            scores[folds == fold] = closed.score_through(part, take_rows(clean, folds == fold))
+        least = np.quantile(scores[: self.fits.cell.originals], 1.0 - self.variant.strangest)
+        return tuple(np.flatnonzero(scores > least).tolist())
 
     def choose_kinds(self, blocks: list[Matrix]) -> list[Matrix]:
         """Of strangeness and mismatch what the variant counts."""
@@ -140,9 +151,13 @@ class Trial:
 
     def score(self, seen: Seen) -> NDArray[np.float32]:
         """(N,) scores of latents of all taps."""
+        return self.score_through(self.whole, seen)
+
+    def score_through(self, part: Part, seen: Seen) -> NDArray[np.float32]:
+        """(N,) scores by what was fitted on a part of the clean images."""
         seen = self.fits.view(seen, self.variant.taps)
-        mismatch = self.excuse(self.measure_mismatch(self.whole, seen), self.find_doubt(seen))
-        blocks = self.choose_kinds([self.measure_strangeness(self.whole, seen), mismatch])
+        mismatch = self.excuse(self.measure_mismatch(part, seen), self.find_doubt(seen))
+        blocks = self.choose_kinds([self.measure_strangeness(part, seen), mismatch])
         weights = self.rule.groups / self.rule.groups.sum(axis=0) @ self.rule.weights
         if self.variant.rule == "z":
             scaled = [(rows - mean) / (spread + TINY) for rows, (mean, spread) in zip(blocks, self.moments, strict=True)]

@@ -6,10 +6,10 @@ from typing import Final, Literal
 import numpy as np
 
 from diffense.denoiser import HIDDEN
-from diffense.fit import FitSettings
 from diffense.latent import GRID
 from diffense.rule import DEEP
 from diffense.scoring import BAND_EDGES
+from diffense.settings import FitSettings
 
 DEFAULTS: Final = FitSettings()
 
@@ -28,6 +28,7 @@ class Variant:
         by_label: whether that covariance is the predicted label's, shrunk, or shared.
         network: whether there is a learned part.
         units: its width.
+        strangest: share of the clean images that it does not learn from.
         label_guidance, data_guidance, sigmas, steps: as in `FitSettings`.
         span: instead of `sigmas` one level, of the shallowest and of the deepest tap; between them in even ratios.
         draws: likewise, but for the default.
@@ -50,6 +51,7 @@ class Variant:
     by_label: bool = False
     network: bool = True
     units: int = HIDDEN
+    strangest: float = 0.0  # as in all rows there are; the guard leaves out a hundredth since (docs/decisions/0033)
     label_guidance: float = DEFAULTS.label_guidance
     data_guidance: float = DEFAULTS.data_guidance
     sigmas: tuple[float | tuple[float, ...], ...] = DEFAULTS.sigmas
@@ -94,6 +96,8 @@ VARIANTS: Final = (
     replace(CLOSED, name="covariance of the label, no network", group="chain", by_label=True),
     replace(DEFAULT, name="half as wide", group="learned part", units=64),
     replace(DEFAULT, name="twice as wide", group="learned part", units=256),
+    replace(DEFAULT, name="strangest hundredth not learned from", group="learned from", strangest=0.01),
+    replace(DEFAULT, name="strangest twentieth not learned from", group="learned from", strangest=0.05),
     replace(DEFAULT, name="level 0.3", group="levels", sigmas=(0.3,)),
     replace(DEFAULT, name="level 1", group="levels", sigmas=(1.0,)),
     replace(DEFAULT, name="level 2", group="levels", sigmas=(2.0,)),

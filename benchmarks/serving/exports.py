@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from benchmarks.serving.networks import write_network
 from benchmarks.settings import find_cache
 from diffense.errors import DiffenseError, OptionError
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.serving.settings import Loop
+from diffense.settings import FitSettings
 from diffense.target import Target
 from diffense_export.configs import Accelerator
 from diffense_export.repository import export_guard

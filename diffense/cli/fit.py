@@ -62,8 +62,9 @@ def command(
     data_guidance: Annotated[float, typer.Option(min=0.0, help="Pull of each step to the inspected input; 0 is none.")] = 0.0,
 ) -> None:
     """Fit a guard on clean images, in minutes and without the classifier's weights, training data or attacks."""
-    from diffense.fit import FitSettings, default_preprocessing, fit_guard
+    from diffense.fit import default_preprocessing, fit_guard
     from diffense.images import load_images
+    from diffense.settings import FitSettings
     from diffense.target import Target
 
     console = Console(stderr=True)

@@ -24,10 +24,11 @@ from diffense.demo.serving import Channel, ask_server, time_requests
 from diffense.demo.stages import Stages, Update
 from diffense.demo.training import INPUT, save_onnx, train_classifier
 from diffense.errors import OptionError
-from diffense.fit import FitSettings, fit_guard
+from diffense.fit import fit_guard
 from diffense.names import VERDICT_TENSORS
 from diffense.report import Figures, write_report
 from diffense.serve import Endpoints, TritonServer
+from diffense.settings import FitSettings
 from diffense.target import Target
 from diffense_export.configs import read_family
 from diffense_export.repository import export_guard
