@@ -10,7 +10,7 @@ from benchmarks.records import Row
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
 LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
-# Commits of which rows are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
+# Commits of rows that are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
 FOUR_DRAWS: Final = (
     "0caaddc", "1b30f5f", "2165ba5", "7070524", "8b3f102", "9fa3ad1", "a41cad6", "b6940aa", "f07a700", "f76da34", "f99c974",
 )  # fmt: skip
@@ -78,7 +78,14 @@ def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
     return f"Target seed {seeds}, guard seed {guard_seeds}, commit {commits}, {machines}."
 
 
-def describe_draws(rows: list[Row]) -> str:
-    """How many draws a level the guards of the rows have."""
-    two = ", ".join(sorted(name_cell(row) for row in rows if row["commit"].rstrip("+") not in FOUR_DRAWS))
-    return "Guards have four draws a level" + (f"; two: {two}" if two else "") + " (docs/decisions/0028)."
+def describe_guards(rows: list[Row]) -> str:
+    """Which guards with a network are of an older method; nothing of it touches those without."""
+    networked = [row for row in rows if row["network"]["used"]]
+    four = sorted(name_cell(row) for row in networked if row["commit"].rstrip("+") in FOUR_DRAWS)
+    all_learned = sorted(name_cell(row) for row in networked if "left_out" not in row)
+    older = [f"four draws: {'; '.join(four)}"] if four else []
+    older += [f"all images learned from: {'; '.join(all_learned)}"] if all_learned else []
+    usual = (
+        "Guards with a network take two draws a level and leave the strangest hundredth of the clean images out of its training"
+    )
+    return usual + (f", but for older ones ({'. '.join(older)})" if older else "") + " (docs/decisions/0028, 0033)."

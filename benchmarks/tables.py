@@ -12,7 +12,7 @@ from benchmarks.datasets import SPECS
 from benchmarks.figures import (
     LEAST_ACCURACY,
     LEAST_SUCCESS,
-    describe_draws,
+    describe_guards,
     describe_runs,
     find_figure,
     find_network,
@@ -127,7 +127,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         "Written by `python -m benchmarks.tables` from `detection.json`. " + describe_runs(poisoned),
         "",
-        describe_draws(poisoned),
+        describe_guards(poisoned),
         "",
         f"{len({(r['dataset'], r['attack']) for r in poisoned})} of {cells} cells are recorded. "
         "AUROC: all clean evaluation images, misclassified ones too, against the triggered images that reach the attacker's "
