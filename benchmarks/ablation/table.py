@@ -87,8 +87,9 @@ def render_page(rows: list[Row]) -> str:
         "",
         f"Written by `python -m benchmarks.ablation.table` from `ablation.json`. {describe_runs(rows, seeds)}",
         "",
-        "Each line is the default with one part changed, four draws unless it says so (the guard takes two since these were "
-        "measured: docs/decisions/0028). At most 3,000 clean and 3,000 triggered evaluation images a cell; "
+        "Each line is the default with one part changed, four draws and a network that learns from all clean images unless it "
+        "says so (the guard takes two and leaves a hundredth out since these were measured: docs/decisions/0028, 0033). "
+        "At most 3,000 clean and 3,000 triggered evaluation images a cell; "
         "mean over the guard's seeds ± half the range, which is missing where there is one seed.",
         "",
         "## AUROC",
