@@ -19,7 +19,6 @@ from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import count_calibration, split_rows
 from diffense.fit import fit_guard
 from diffense.guard import Guard
-from diffense.scorer_fit import STRANGEST
 from diffense.settings import FitSettings
 from diffense.target import Target
 
@@ -112,7 +111,6 @@ def evaluate_cell(
         "n_turned": int(turned.sum()),
         "auroc_turned": measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], turned).auroc,
         "network": guard.manifest.network.model_dump(),
-        "left_out": STRANGEST,  # of the images that the network learned from; rows without it are of before
         "fit_s": round(fit_seconds, 1),
         "cell_s": round(time.monotonic() - begun, 1),  # fit and evaluation, without peers
         "score_ms": round(score_ms, 3),

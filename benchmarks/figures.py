@@ -81,11 +81,12 @@ def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
 def describe_guards(rows: list[Row]) -> str:
     """Which guards with a network are of an older method; nothing of it touches those without."""
     networked = [row for row in rows if row["network"]["used"]]
+    all_learned = sorted(name_cell(row) for row in networked if row["network"].get("left_out") is None)
     four = sorted(name_cell(row) for row in networked if row["commit"].rstrip("+") in FOUR_DRAWS)
-    all_learned = sorted(name_cell(row) for row in networked if "left_out" not in row)
-    older = [f"four draws: {'; '.join(four)}"] if four else []
-    older += [f"all images learned from: {'; '.join(all_learned)}"] if all_learned else []
+    older = [f"of all clean images: {'; '.join(all_learned)}"] if all_learned else []
+    older += [f"with four draws: {'; '.join(four)}"] if four else []
     usual = (
-        "Guards with a network take two draws a level and leave the strangest hundredth of the clean images out of its training"
+        "Guards take two draws a level, and their network, where they have one, learns from all but the strangest hundredth of "
+        "the clean images"
     )
-    return usual + (f", but for older ones ({'. '.join(older)})" if older else "") + " (docs/decisions/0028, 0033)."
+    return usual + (f". Older ones of these cells {', '.join(older)}" if older else "") + " (docs/decisions/0028, 0033)."

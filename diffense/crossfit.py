@@ -20,6 +20,7 @@ Rewhiten = Callable[[NDArray[np.bool_]], Matrix]
 """(n,) rows to fit on -> (n, W) latents of all rows, whitened by those alone."""
 
 FOLDS: Final = 5
+BLOCK: Final = 1024
 VALIDATION_FOLD: Final = 0
 FEWEST_ROWS: Final = 400  # originals to fit on, below which no network learns anything that a Gaussian does not know
 GAIN: Final = 0.97  # of the Gaussian's held-out loss; a network that gains less loses on triggered inputs (docs/decisions/0007)
@@ -57,7 +58,7 @@ class LatentSet:
         residual = self.guide(guidance, rows)[1]
         return guidance, fit_chain(residual, self.width, self.used, self.chain_sigma, count_independent(self.source[rows]))
 
-    def guide(self, guidance: Guidance, rows: NDArray[np.bool_]) -> tuple[Matrix, Matrix]:
+    def guide(self, guidance: Guidance, rows: NDArray[np.bool_] | NDArray[np.int64]) -> tuple[Matrix, Matrix]:
         """(n, G) guide and (n, W) residual of these rows."""
         return split_mean(guidance, self.latents[rows], self.logits[rows], self.probabilities)
 
@@ -173,14 +174,17 @@ def learn_network(
     def pick(rows: NDArray[np.bool_]) -> Innovations:
         return Innovations(*(a[rows].astype(np.float32) for a in (innovation, guide)))
 
-    rows, judges = pick(~held_out & choose_typical()), pick(held_out & originals)
-    learned = train_denoiser(rows, judges, clean.used, sigmas, clean.width, steps, seed, report)
+    typical = choose_typical()
+    taught, judges = pick(~held_out & typical), pick(held_out & originals)
+    learned = train_denoiser(taught, judges, clean.used, sigmas, clean.width, steps, seed, report)
     better = learned.loss <= GAIN * learned.gaussian_loss
     what = f"held-out loss {learned.loss:.3f} against {learned.gaussian_loss:.3f} of the Gaussian"
     used = better or mode == "on"
     reason = what if better else f"{what}: no gain" + (", used because asked for" if used else "")
     losses = {"loss": round(learned.loss, 6), "gaussian_loss": round(learned.gaussian_loss, 6)}
-    return learned.weights if used else None, NetworkReport(used=used, reason=reason, steps=learned.steps, **losses)
+    left_out = int((~typical).sum())
+    found = NetworkReport(used=used, reason=reason, steps=learned.steps, left_out=left_out, **losses)
+    return learned.weights if used else None, found
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ class Reference:
     """Evidence of clean rows that helped to fit neither their guidance and chain nor, where it matters, the denoiser.
 
     Attributes:
-        strange: (n_s, L B) log strangeness; with a network only the rows of the validation fold.
+        strange: (n_s, L B) log strangeness; with a network only the rows of the validation fold, without one (n, B).
         mismatch: (n, M) log mismatch, which no network has a part in.
         doubt: (n, 1).
         rows: (n,) which rows of the set these are; they stand fold by fold.
@@ -202,6 +206,12 @@ class Reference:
     def take(self, chosen: NDArray[np.bool_]) -> "Reference":
         """Some of the rows, of evidence without a network."""
         return Reference(self.strange[chosen], self.mismatch[chosen], self.doubt[chosen], self.rows[chosen])
+
+
+def split_blocks(rows: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """(n,) which rows -> their numbers, at most `BLOCK` at a time: a mismatch holds every class of every row at once."""
+    numbers = np.flatnonzero(rows)
+    return [numbers[i : i + BLOCK] for i in range(0, len(numbers), BLOCK)]
 
 
 def measure_reference(
@@ -218,15 +228,13 @@ def measure_reference(
     """
     strange, mismatch, doubt, places = [], [], [], []
     step = None if denoise is None else in_float32(denoise)
-    for fold, part in enumerate(crossed.parts):
-        rows = chosen & (crossed.folds == fold)
-        if not rows.any():
-            continue
+    parts = enumerate(crossed.parts)
+    for fold, part, rows in ((f, p, b) for f, p in parts for b in split_blocks(chosen & (crossed.folds == f))):
         own = replace(formula, guidance=part.guidance, transform=part.chain.transform)
         guide, residual = part.seen.guide(part.guidance, rows)
         if denoise is None or fold == VALIDATION_FOLD:
             strange.append(np.log(measure_strangeness(own, residual, guide, step, np) + TINY))
         mismatch.append(np.log(measure_mismatch(own, part.seen.latents[rows], one_hot(clean.logits[rows]), np) + TINY))
         doubt.append(guide[:, -1:])
-        places.append(np.flatnonzero(rows))
+        places.append(rows)
     return Reference(np.concatenate(strange), np.concatenate(mismatch), np.concatenate(doubt), np.concatenate(places))

@@ -1,4 +1,4 @@
-"""From clean images to a guard: `fit_guard` is the list of steps, the rest are the steps."""
+"""From clean images to a guard: the list of steps, and the bundle that they make."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -61,13 +61,17 @@ class DenoiserEntry(Part):
 
 
 class NetworkReport(Part):
-    """What the fit found about the learned part; losses are held-out, over the Gaussian's at the same noise."""
+    """What the fit found about the learned part; losses are held-out, over the Gaussian's at the same noise.
+
+    `left_out` counts the images and copies that it was not trained on, the strangest; guards of before 0033 have none.
+    """
 
     used: bool
     reason: str
     loss: float | None = None
     gaussian_loss: float | None = None
     steps: int = 0
+    left_out: int | None = None
 
 
 class CleanReport(Part):

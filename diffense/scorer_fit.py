@@ -1,4 +1,4 @@
-"""From clean latents to a scorer: chain, network and clean statistics."""
+"""From clean images, seen through the taps, to a scorer: chain, network and clean statistics."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +33,7 @@ from diffense.settings import FitSettings, ignore_progress
 from diffense.tapping import project_taps, whiten, whiten_by
 from diffense.target import Target
 
-STRANGEST: Final = 0.01  # of the clean images that the network does not learn from (docs/decisions/0033)
+STRANGEST: Final = 0.01  # of the clean images; the network does not learn from them (docs/decisions/0033)
 
 
 def fit_scorer(
@@ -99,10 +99,11 @@ def fit_statistics(reference: Reference, formula: Formula, networked: bool) -> t
 
 
 def choose_typical(latent_set: LatentSet, crossed: CrossFit, formula: Formula) -> NDArray[np.bool_]:
-    """Choose what the network learns from: (n,) False for rows that the closed form, fitted without them, finds strangest.
+    """Choose what the network learns from: (n,) False for rows that the closed form finds strangest.
 
-    A network learns any cluster that there is, also that of the few clean images which the target takes for another class, and
-    then finds nothing strange in inputs that a trigger puts there (docs/decisions/0033). Stranger copies are left out too.
+    Each row is scored by the guidance and chain that were fitted without it. A network learns any cluster that there is, also
+    that of the few clean images which the target takes for another class, and then finds nothing strange in inputs that a
+    trigger puts there (docs/decisions/0033). At least one original is left out, and every copy that is as strange.
     """
     seen = measure_reference(latent_set, crossed, formula, None, np.ones(len(latent_set.source), bool))
     originals = seen.rows < latent_set.originals

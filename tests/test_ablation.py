@@ -8,17 +8,22 @@ import pytest
 from benchmarks import records
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import table
-from benchmarks.ablation.fits import Fits, take_rows
-from benchmarks.ablation.trial import Trial
+from benchmarks.ablation.fits import CHAIN_SIGMA, Fits, take_rows
+from benchmarks.ablation.trial import UNCHANGED, Trial
 from benchmarks.ablation.variants import CLOSED, DEFAULT, VARIANTS, Variant
 from benchmarks.evaluation import prepare_cell
 from benchmarks.inspection import inspect_images
 from benchmarks.latents import CellLatents, Seen, get_latents
 from benchmarks.targets import make_cell
 from diffense import scorer_fit
+from diffense.crossfit import cross_fit
 from diffense.fit import fit_guard
+from diffense.sampling import lay_ladder
+from diffense.scorer_fit import STRANGEST, choose_typical
+from diffense.scoring import Formula, lay_bands
 from diffense.settings import FitSettings
 from diffense.target import Target
+from latent_sets import draw_rows, make_set
 
 
 @pytest.fixture
@@ -93,13 +98,34 @@ def test_the_mismatch_of_whole_taps_is_the_first_of_each_taps_three_parts(fits):
     assert np.array_equal(alone.measure_mismatch(alone.whole, fits.cell.evaluation), found[:, [0, 3]])
 
 
-def test_the_rows_that_are_left_out_are_the_strangest_of_the_closed_form():
-    cell = make_latents(np.random.default_rng(0))
-    cell.clean.latents[[3, 50, 200]] += 6.0
-    trial = Trial(Fits(cell, 0), CLOSED)
-    assert trial.find_strangest() == ()
-    trial.variant = replace(CLOSED, strangest=0.01)
-    assert trial.find_strangest() == (3, 50, 200)
+def test_the_ablation_leaves_out_what_the_guard_does():
+    latents, logits = draw_rows(500, 3, 2, WIDTH, seed=0)
+    clean = replace(make_set(latents, logits, WIDTH), chain_sigma=CHAIN_SIGMA)
+    whole = clean.fit_linear(np.ones(500, bool))
+    crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
+    noise, ladder = np.zeros((2, 2 * WIDTH)), lay_ladder(np.full((1, 2), 0.7), 1)
+    bands = lay_bands(clean.used, WIDTH)[0]
+    formula = Formula(whole[0], whole[1].transform, bands, noise, ladder, 2, WIDTH, 0.0, False)
+    typical = choose_typical(clean, crossed, formula)
+    seen = Seen(logits, latents)
+    several = replace(CLOSED, strangest=STRANGEST, sigmas=(0.5, 1.0, 2.0))
+    trial = Trial(Fits(CellLatents(seen, crossed.folds, 500, seen, seen, seen, WIDTH), 0), replace(several, sigmas=(0.7,)))
+    assert trial.find_strangest() == tuple(np.flatnonzero(~typical))
+    assert len(trial.find_strangest()) == 5
+    trial.variant = several
+    assert trial.find_strangest() == tuple(np.flatnonzero(~typical))
+
+
+def test_rows_that_are_left_out_change_the_network(monkeypatch):
+    taught = []
+    monkeypatch.setattr("benchmarks.ablation.fits.train_denoiser", lambda rows, *others: taught.append(len(rows.innovation)))
+    fits = Fits(make_latents(np.random.default_rng(0)), 0)
+    levels = DEFAULT.lay_levels(2)
+    held_out = int((fits.cell.folds == 0).sum())
+    others = tuple(np.flatnonzero(fits.cell.folds != 0)[:7].tolist())
+    for strangest in ((), others):
+        fits.learn(UNCHANGED, 8, levels, strangest)
+    assert taught == [300 - held_out, 300 - held_out - 7]
 
 
 def test_variant_names_are_their_own():

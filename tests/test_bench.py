@@ -246,13 +246,13 @@ def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():
 
 
 def test_the_page_tells_which_guards_are_of_an_older_method():
-    new = make_row(commit="0abcdef") | {"left_out": 0.01}
+    new = make_row(commit="0abcdef", network={"used": True, "left_out": 31})
     rows = [new, make_row(attack="idba", commit="99c04b0+"), make_row(attack="issba", commit="2165ba5+")]
     off = make_row(attack="htba", commit="2165ba5", network={"used": False})
     usual = tables.describe_guards([new, off])
-    assert "older" not in usual and "two draws" in usual and "hundredth" in usual
-    older = " (four draws: CIFAR-10, ISSBA. all images learned from: CIFAR-10, IDBA; CIFAR-10, ISSBA)"
-    assert tables.describe_guards([*rows, off]) == usual.replace(" (docs", f", but for older ones{older} (docs")
+    assert "Older" not in usual and "two draws" in usual and "hundredth" in usual
+    older = ". Older ones of these cells of all clean images: CIFAR-10, IDBA; CIFAR-10, ISSBA, with four draws: CIFAR-10, ISSBA"
+    assert tables.describe_guards([*rows, off]) == usual.replace(" (docs", f"{older} (docs")
 
 
 def test_the_summary_tells_mean_and_worst_of_guard_closed_form_and_strongest_peer():

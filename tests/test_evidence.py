@@ -286,6 +286,25 @@ def test_folds_are_whitened_again_where_no_network_can_be_learned(
     assert (given[0] is not None) == again
 
 
+def test_the_network_is_told_what_not_to_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled, logits = draw_pooled(400)
+    clean = CleanSet(logits, pooled, np.arange(400), 400)
+    options = FitSettings(network="on", training_steps=50)
+
+    def fit() -> Any:
+        return fit_scorer(
+            clean, whiten(clean, "label", False)[1], "label", False, np.full((1, 2), 0.3), options,
+            np.random.default_rng(0), ignore_progress,
+        )  # fmt: skip
+
+    *_, weights, report = fit()
+    assert report.left_out == 4
+    monkeypatch.setattr(scorer_fit, "STRANGEST", 0.0)
+    *_, others, all_learned = fit()
+    assert all_learned.left_out == 0 and all_learned.gaussian_loss == report.gaussian_loss
+    assert any(not np.array_equal(weights[name], others[name]) for name in weights)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_tap_that_never_moves_does_not_spoil_the_others(place: int) -> None:
     pooled = list(POOLED)

@@ -77,7 +77,7 @@ class Fits:
             for fold in range(FOLDS)
         ]
 
-    def _learn(self, parts: tuple[Any, ...], units: int, sigmas: tuple[Any, ...], left_out: tuple[int, ...]) -> Learned:
+    def _learn(self, parts: tuple[Any, ...], units: int, sigmas: tuple[Any, ...], strangest: tuple[int, ...]) -> Learned:
         whole, by_fold = self.parts(*parts)
         clean, folds = self.view(self.cell.clean, parts[0]), self.cell.folds
         innovation = np.zeros_like(clean.latents)
@@ -92,7 +92,7 @@ class Fits:
 
         held_out = folds == VALIDATION_FOLD
         taught = ~held_out
-        taught[list(left_out)] = False
+        taught[list(strangest)] = False
         levels = spread_sigmas(sigmas, clean.latents.shape[1] // self.cell.width)
         return train_denoiser(
             pick(taught),

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.ablation.fits import Fits, Part, take_rows
-from benchmarks.ablation.variants import Variant
+from benchmarks.ablation.variants import DEFAULTS, Variant
 from benchmarks.latents import Matrix, Seen
 from diffense import denoiser
 from diffense.crossfit import VALIDATION_FOLD
@@ -54,8 +54,8 @@ class Trial:
         self.learned: Learned | None = None
         self.denoise: Denoise | None = None
         if variant.network:
-            left_out = self.find_strangest() if variant.strangest else ()
-            self.learned = fits.learn(key, variant.units, levels, left_out)
+            strangest = self.find_strangest() if variant.strangest else ()
+            self.learned = fits.learn(key, variant.units, levels, strangest)
             shape = (len(self.sigmas) * variant.draws, len(self.used) // self.width, self.width)
             graph = denoiser.build_denoiser(self.learned.weights, shape, variant.label_guidance)
             self.denoise = in_float32(open_denoiser(graph))
@@ -82,8 +82,8 @@ class Trial:
         self.moments = [(np.mean(block, axis=0), np.std(block, axis=0)) for block in blocks]
 
     def find_strangest(self) -> tuple[int, ...]:
-        """Clean rows that the closed form, fitted without them, finds stranger than nearly all originals."""
-        closed = Trial(self.fits, replace(self.variant, network=False))
+        """Clean rows that the closed form finds stranger than nearly all originals, through chains fitted without them."""
+        closed = Trial(self.fits, replace(self.variant, network=False, sigmas=DEFAULTS.sigmas, span=None))
         folds, clean = self.fits.cell.folds, self.fits.cell.clean
         scores = np.zeros(len(folds))
         for fold, part in enumerate(self.by_fold):
@@ -154,7 +154,7 @@ class Trial:
         return self.score_through(self.whole, seen)
 
     def score_through(self, part: Part, seen: Seen) -> NDArray[np.float32]:
-        """(N,) scores by what was fitted on a part of the clean images."""
+        """(N,) scores by the guidance and chain that were fitted on a part of the clean images."""
         seen = self.fits.view(seen, self.variant.taps)
         mismatch = self.excuse(self.measure_mismatch(part, seen), self.find_doubt(seen))
         blocks = self.choose_kinds([self.measure_strangeness(part, seen), mismatch])

@@ -16,7 +16,7 @@ DEFAULTS: Final = FitSettings()
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed; the fields' defaults are the guard's.
+    """What is changed; the fields' defaults are the guard's, but for `strangest` and `draws`.
 
     Attributes:
         name: as in the table.
@@ -28,7 +28,7 @@ class Variant:
         by_label: whether that covariance is the predicted label's, shrunk, or shared.
         network: whether there is a learned part.
         units: its width.
-        strangest: share of the clean images that it does not learn from.
+        strangest: share of the clean images; it does not learn from them.
         label_guidance, data_guidance, sigmas, steps: as in `FitSettings`.
         span: instead of `sigmas` one level, of the shallowest and of the deepest tap; between them in even ratios.
         draws: likewise, but for the default.
