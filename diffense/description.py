@@ -60,6 +60,7 @@ class GuardDescription(BaseModel):
         m = self.manifest
         low, high = m.false_alarm_interval
         same = ", the same ones by folds" if m.crossed else ""
+        learned = f"; {m.network.left_out} images and copies not learned from" if m.network.left_out is not None else ""
         sigmas = ", ".join(str(row[0]) if len(set(row)) == 1 else str(list(row)) for row in m.sampling.sigmas)
         return {
             "guard": self.guard_id,
@@ -67,7 +68,7 @@ class GuardDescription(BaseModel):
             "alpha": f"{m.alpha:g}, realised between {low:.2%} and {high:.2%} (90 % interval)",
             "clean images": f"{m.clean.fitted} fitted (+ {m.clean.copies} copies), {m.calibration_size} calibrate{same}",
             "guided by": m.clean.guide,
-            "network": f"{'on' if m.network.used else 'off'}: {m.network.reason}",
+            "network": f"{'on' if m.network.used else 'off'}: {m.network.reason}{learned}",
             "sampling": f"sigma {sigmas}; {m.sampling.steps} steps, {m.sampling.draws} draws",
             "shared placement": "logits bit-identical" if m.shared_exact else f"logits differ by {m.shared_max_difference:.1e}",
             "files": ", ".join(m.files),

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import onnx_models
+from diffense.description import describe_guard
 from diffense.guard import Guard
 from diffense.settings import FitSettings
 from diffense.target import Target
@@ -83,6 +84,17 @@ def test_inspect_shows_a_guard(guard: Guard, run_cli: Run) -> None:
     shown = json.loads(said)
     assert shown["manifest"]["target_sha256"] == guard.manifest.target_sha256
     assert [tap["name"] for tap in shown["taps"]] == [tap.name for tap in guard.manifest.taps]
+
+
+def test_inspect_tells_a_network_that_left_something_out_from_one_of_before(guard: Guard) -> None:
+    now = describe_guard(guard.directory)
+    found = now.manifest.network
+    assert found.left_out is not None and 0 < found.left_out < now.manifest.clean.fitted
+    told = f"on: {found.reason}; {found.left_out} images and copies not learned from"
+    assert now.facts()["network"] == told
+    report = found.model_copy(update={"left_out": None})
+    before = now.model_copy(update={"manifest": now.manifest.model_copy(update={"network": report})})
+    assert before.facts()["network"] == f"on: {found.reason}"
 
 
 def test_inspect_shows_a_classifier_whatever_its_tensors_are_called(tmp_path: Path, run_cli: Run) -> None:
