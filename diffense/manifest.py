@@ -63,7 +63,8 @@ class DenoiserEntry(Part):
 class NetworkReport(Part):
     """What the fit found about the learned part; losses are held-out, over the Gaussian's at the same noise.
 
-    `left_out` counts the images and copies that it was not trained on, the strangest; guards of before 0033 have none.
+    `left_out` counts the strangest images and copies, from which it may not learn; None where nothing was learned, and in
+    guards of before (docs/decisions/0033).
     """
 
     used: bool

@@ -91,7 +91,13 @@ def fit_scorer(
 
 
 def fit_statistics(reference: Reference, formula: Formula, networked: bool) -> tuple[Allowance, Rule]:
-    """Clean evidence -> what doubt excuses, and the rule."""
+    """Fit what doubt excuses and the rule on clean evidence.
+
+    Args:
+        reference: of originals; (n, M) mismatch and (n_s, L B) or, without a network, (n, B) strangeness.
+        formula: whose bands name the evidence.
+        networked: whether a network had a part in the strangeness.
+    """
     allowance = fit_allowance(reference.mismatch, reference.doubt)
     mismatch = allow(allowance, reference.mismatch, reference.doubt, np)
     evidence = name_evidence(formula, formula.bands.any(axis=1), networked)

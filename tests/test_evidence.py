@@ -205,6 +205,14 @@ def fit_and_score(pooled: list[NDArray[Any]], logits: NDArray[Any], rows: int, k
     return evidence, scorer.weigh(evidence), scorer
 
 
+def fit_pooled(rows: int, options: FitSettings) -> Any:
+    """Whiten and fit on that many made-up images, under these settings."""
+    pooled, logits = draw_pooled(rows)
+    clean = CleanSet(logits, pooled, np.arange(rows), rows)
+    latents, generator = whiten(clean, "label", False)[1], np.random.default_rng(0)
+    return fit_scorer(clean, latents, "label", False, np.full((1, 2), 0.3), options, generator, ignore_progress)
+
+
 def draw_pooled(rows: int) -> tuple[list[NDArray[np.float64]], NDArray[np.float64]]:
     latents, logits = draw_rows(rows, 3, 2, 7, seed=0)
     return [np.exp(0.4 * latents[:, :7]), latents[:, 7:] @ np.diag(np.linspace(0.1, 9, 7))], logits
@@ -276,28 +284,12 @@ def test_folds_are_whitened_again_where_no_network_can_be_learned(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scorer_fit, "cross_fit", stop)
-    pooled, logits = draw_pooled(rows)
-    clean = CleanSet(logits, pooled, np.arange(rows), rows)
-    options = FitSettings(network=network)
     with pytest.raises(KeyboardInterrupt):
-        fit_scorer(
-            clean, whiten(clean, "label", False)[1], "label", False, np.full((1, 2), 0.3), options,
-            np.random.default_rng(0), ignore_progress,
-        )  # fmt: skip
+        fit_pooled(rows, FitSettings(network=network))
     assert (given[0] is not None) == again
 
 
 def test_the_network_is_told_what_not_to_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    pooled, logits = draw_pooled(400)
-    clean = CleanSet(logits, pooled, np.arange(400), 400)
-    options = FitSettings(network="on", training_steps=50)
-
-    def fit() -> Any:
-        return fit_scorer(
-            clean, whiten(clean, "label", False)[1], "label", False, np.full((1, 2), 0.3), options,
-            np.random.default_rng(0), ignore_progress,
-        )  # fmt: skip
-
     taught = []
 
     def train(rows: Any, *others: Any) -> Any:
@@ -305,9 +297,10 @@ def test_the_network_is_told_what_not_to_learn_from(monkeypatch: pytest.MonkeyPa
         return train_denoiser(rows, *others)
 
     monkeypatch.setattr(learning, "train_denoiser", train)
-    report = fit()[3]
+    options = FitSettings(network="on", training_steps=50)
+    report = fit_pooled(400, options)[3]
     monkeypatch.setattr(scorer_fit, "STRANGEST", 0.0)
-    all_learned = fit()[3]
+    all_learned = fit_pooled(400, options)[3]
     assert (report.left_out, all_learned.left_out) == (4, 0)
     assert all_learned.gaussian_loss == report.gaussian_loss  # all held-out rows judge
     assert taught[1] == 320 and 316 <= taught[0] < 320  # four fifths, without those of the four that are among them
