@@ -111,6 +111,7 @@ def evaluate_cell(
         "n_turned": int(turned.sum()),
         "auroc_turned": measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], turned).auroc,
         "network": guard.manifest.network.model_dump(),
+        "train_s": found.target.train_s,
         "fit_s": round(fit_seconds, 1),
         "cell_s": round(time.monotonic() - begun, 1),  # fit and evaluation, without peers
         "score_ms": round(score_ms, 3),

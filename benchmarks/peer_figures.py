@@ -72,13 +72,13 @@ def measure_peer(
     """
     peer = make_peer(name)
     model = Model(target.network.to(choose_device()), target.cell.spec.classes)
-    start = time.monotonic()
+    begun = time.monotonic()
     try:
         peer.fit(model, views["fit"], labels)
     except OptionError as error:
         progress(f"{name}: {error}")
         return dict.fromkeys(FIGURES) | note_origin() | {"images": [0, 0], "reason": str(error)}
-    progress(f"{name}: fitted in {time.monotonic() - start:.1f} s")
+    progress(f"{name}: fitted in {time.monotonic() - begun:.1f} s")
     clean, triggered = np.arange(len(views["clean"].logits)), np.arange(len(reached))
     calibration = np.arange(len(views["calibration"].logits))
     if not peer.cheap:
@@ -105,5 +105,6 @@ def measure_peer(
         "asr_after_fpr5": after,
         "target_forwards": round(forwards + (0.0 if forwards else 1.0), 2),
         "score_ms": round(milliseconds, 3),
+        "took_s": round(time.monotonic() - begun, 1),  # fit and all scores
         "images": [len(clean), len(triggered)],
     }

@@ -1,5 +1,6 @@
 """Cells of the matrix and their trained targets: made once, kept in the cache."""
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -101,6 +102,7 @@ class TrainedTarget:
         accuracy: on the clean evaluation images.
         asr: share of the attacked evaluation images, triggered, that get the attacker's label.
         cross_accuracy: of IDBA: accuracy under other images' triggers.
+        train_s: seconds that its training took, with its measurement; None where it was trained before they were kept.
     """
 
     cell: Cell
@@ -110,6 +112,7 @@ class TrainedTarget:
     accuracy: float
     asr: float
     cross_accuracy: float | None
+    train_s: float | None
 
 
 def get_target(cell: Cell, progress: Callable[[str], None]) -> TrainedTarget:
@@ -129,11 +132,21 @@ def get_target(cell: Cell, progress: Callable[[str], None]) -> TrainedTarget:
     for name, module in attack.networks().items():
         load_model(module, folder / f"{name}.safetensors")
         module.eval()
-    return TrainedTarget(cell, folder / ONNX_FILE, network, attack, facts["accuracy"], facts["asr"], facts["cross_accuracy"])
+    return TrainedTarget(
+        cell,
+        folder / ONNX_FILE,
+        network,
+        attack,
+        facts["accuracy"],
+        facts["asr"],
+        facts["cross_accuracy"],
+        facts.get("train_s"),
+    )
 
 
 def _train(cell: Cell, split: Split, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     spec = cell.spec
+    begun = time.monotonic()
     attack = make_attack(cell.attack, spec, cell.seed)
     attack.move(choose_device())
     if attack.poisons:
@@ -152,7 +165,7 @@ def _train(cell: Cell, split: Split, work: Path, progress: Callable[[str], None]
     export_network(network, spec.channels, spec.side, work / ONNX_FILE)
     facts = measure_target(network, attack, split)
     progress(f"{cell.name}: " + ", ".join(f"{k} {v:.4f}" for k, v in facts.items() if v is not None))
-    return facts
+    return facts | {"train_s": round(time.monotonic() - begun, 1)}
 
 
 def measure_target(network: Classifier, attack: Attack, split: Split) -> dict[str, Any]:
