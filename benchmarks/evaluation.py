@@ -16,7 +16,7 @@ from benchmarks.peer_figures import CLOSED_FORM, measure_closed_form, measure_pe
 from benchmarks.peers.base import Inspected
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
-from diffense.clean import count_calibration, split_rows
+from diffense.clean import count_split, split_rows
 from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.settings import FitSettings
@@ -133,7 +133,7 @@ def view_cell(guard: Guard, found: Evaluated) -> tuple[dict[str, Inspected], NDA
     """
     defender = inspect_images(guard, found.clean.pixels)
     generator = np.random.default_rng(guard.manifest.seed)
-    size = count_calibration(len(found.clean), guard.manifest.alpha)
+    size = count_split(len(found.clean), guard.manifest.alpha)
     fit_rows, calibration_rows = split_rows(defender.predicted, size, generator)
     views = {
         "fit": take(defender, fit_rows),

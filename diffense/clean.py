@@ -1,6 +1,5 @@
 """The defender's clean images: how many there must be, which calibrate, and what the target makes of the rest."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -14,10 +13,10 @@ from diffense.errors import TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
 
 CALIBRATION_SHARE: Final = 0.4
-MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of few images
-FEWEST_FIT_IMAGES: Final = 20
+MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of a split
+FEWEST_FIT_IMAGES: Final = 20  # that a split leaves
 FEWEST_IMAGES: Final = 34  # a split's usual share leaves FEWEST_FIT_IMAGES of them; where all are fitted on, the same floor
-FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, by folds (docs/decisions/0023)
+FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, whatever alpha is (docs/decisions/0023)
 FEW_COPIES: Final = 6  # of each image where there are few
 
 Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float64], list[NDArray[np.float64]]]]
@@ -57,8 +56,14 @@ def count_independent(source: NDArray[np.int64]) -> int:
     return min(len(source), 2 * len(np.unique(source)))
 
 
-def check_few(images: int, alpha: float) -> None:
-    """Refuse too few clean images where all of them are fitted on and calibrate.
+def count_split(images: int, alpha: float) -> int:
+    """How many clean images a split would let calibrate: two fifths, more where alpha needs more, never above three fifths."""
+    most = min(int(MOST_CALIBRATION_SHARE * images), images - FEWEST_FIT_IMAGES)
+    return min(max(round(CALIBRATION_SHARE * images), needed_images(alpha)), most)
+
+
+def count_calibration(images: int, alpha: float) -> int:
+    """How many clean images calibrate: all of them, by folds, where they are few or a split cannot reach alpha.
 
     Raises:
         TooFewImagesError: alpha cannot be reached with so few images, or a guard cannot be fitted on them.
@@ -69,31 +74,8 @@ def check_few(images: int, alpha: float) -> None:
         fewest = max(needed_images(alpha), FEWEST_IMAGES)
         raise TooFewImagesError(f"{images} clean images are too few for a guard; give at least {fewest}, and five a class")
     check_alpha(alpha, images)
-
-
-def count_calibration(images: int, alpha: float) -> int:
-    """How many clean images calibrate in a split: two fifths, more where alpha needs more, never above three fifths.
-
-    Raises:
-        TooFewImagesError: alpha cannot be reached with so few images, or too few are left to fit on.
-        OptionError: alpha is not between 0 and 1.
-    """
-    check_rate(alpha)
-    needed = needed_images(alpha)
-    fewest = max(math.ceil(needed / MOST_CALIBRATION_SHARE), needed + FEWEST_FIT_IMAGES, FEWEST_IMAGES)
-    usual = round(CALIBRATION_SHARE * images)
-    if images - usual < FEWEST_FIT_IMAGES:
-        raise TooFewImagesError(
-            f"{images} clean images leave {images - usual} to fit on, and a guard needs {FEWEST_FIT_IMAGES}; give at least "
-            f"{fewest}, and five a class"
-        )
-    if needed > usual and images < fewest:
-        most = min(int(MOST_CALIBRATION_SHARE * images), images - FEWEST_FIT_IMAGES)
-        raise TooFewImagesError(
-            f"alpha {alpha:g} needs {fewest} clean images ({needed} of them to calibrate), there are {images}; "
-            f"give more, or an alpha of at least {math.ceil(1e4 / (most + 1)) / 1e4:g}"
-        )
-    return max(usual, needed)
+    split = count_split(images, alpha)
+    return images if images < FEW_IMAGES or split < needed_images(alpha) else split
 
 
 def split_rows(

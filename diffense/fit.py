@@ -139,7 +139,7 @@ def fit_guard(
             files={},
         )
         if prepared.crossed:
-            notify(f"few images: calibrating by {FOLDS} fits, each without some of them")
+            notify(f"too few images to set some aside: calibrating by {FOLDS} fits, each without a tenth of them")
             parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
             scores = score_crossed(clean, parts, prepared.generator)
             write_scorer(folder, replace(scorer, calibration=np.sort(scores)), manifest)

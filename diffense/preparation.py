@@ -11,7 +11,6 @@ from diffense.clean import (
     FEW_COPIES,
     FEW_IMAGES,
     CleanSet,
-    check_few,
     collect_clean,
     count_calibration,
     decide_guide,
@@ -32,7 +31,7 @@ class Prepared:
 
     Attributes:
         labels: (N,) predicted labels of all clean images.
-        fit_rows, calibration_rows: row numbers, disjoint; where images are few both are all of them.
+        fit_rows, calibration_rows: row numbers, disjoint, or both all of them.
         clean: logits and pooled features of the rows to fit on, and of their copies.
         whitenings: of each tap.
         latents: (n, K d) of the clean set.
@@ -84,12 +83,7 @@ def prepare_clean(
         OptionError: alpha is not between 0 and 1.
         ImageError: the target overflows on an image.
     """
-    few = len(images) < FEW_IMAGES
-    if few:
-        check_few(len(images), alpha)
-        calibration_size = len(images)
-    else:
-        calibration_size = count_calibration(len(images), alpha)
+    calibration_size = count_calibration(len(images), alpha)
     generator = np.random.default_rng(seed)
     run = open_pooling(target, taps, preprocessing, grid)
     logits, pooled = run(images)
@@ -98,11 +92,11 @@ def prepare_clean(
         raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
     labels = logits.argmax(axis=1)
     kind = decide_guide(labels, target.classes, guide, notify)
-    if few:
+    if calibration_size == len(images):
         fit_rows = calibration_rows = np.arange(len(images))
     else:
         fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
     fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
-    clean = collect_clean(*fitted, run, generator, FEW_COPIES if few else 1)
+    clean = collect_clean(*fitted, run, generator, FEW_COPIES if len(images) < FEW_IMAGES else 1)
     whitenings, latents = whiten(clean, kind, target.probabilities)
     return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)

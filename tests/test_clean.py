@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffense.calibration import needed_images
-from diffense.clean import FEWEST_FIT_IMAGES, FEWEST_IMAGES, check_few, count_calibration, decide_guide, split_rows
+from diffense.clean import FEW_IMAGES, FEWEST_FIT_IMAGES, FEWEST_IMAGES, count_calibration, decide_guide, split_rows
 from diffense.errors import OptionError, TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS
 
@@ -16,14 +16,22 @@ RATES = st.integers(1, 500).map(lambda n: n / 1000)
 
 
 @pytest.mark.parametrize(
-    ("images", "alpha", "expected"), [(1000, 0.01, 400), (2500, 0.01, 1000), (200, 0.01, 99), (165, 0.01, 99), (50, 0.1, 20)]
+    ("images", "alpha", "expected"),
+    [
+        (1000, 0.01, 400),
+        (2500, 0.01, 1000),
+        (400, 0.005, 199),  # alpha needs more than two fifths
+        (332, 0.005, 199),
+        (331, 0.005, 331),  # and here more than three: all, by folds
+        (299, 0.1, 299),
+    ],
 )
-def test_two_fifths_calibrate_and_more_where_alpha_needs_more(images: int, alpha: float, expected: int) -> None:
+def test_two_fifths_calibrate_or_more_where_alpha_needs_more_or_all_by_folds(images: int, alpha: float, expected: int) -> None:
     assert count_calibration(images, alpha) == expected
 
 
 @given(st.integers(0, 3000), RATES)
-def test_calibration_and_fit_images_suffice_or_a_number_is_named_that_does(images: int, alpha: float) -> None:
+def test_calibration_images_suffice_or_a_number_is_named_that_does(images: int, alpha: float) -> None:
     try:
         chosen = count_calibration(images, alpha)
     except TooFewImagesError as refused:
@@ -31,15 +39,23 @@ def test_calibration_and_fit_images_suffice_or_a_number_is_named_that_does(image
         assert f"{images} clean images" in words or f"there are {images};" in words
         named = re.search(r"^alpha \S+ needs (\d+)|give at least (\d+)", words)
         enough = int(named[1] or named[2])
-        assert enough > images
-        assert count_calibration(enough, alpha) >= needed_images(alpha)
+        assert images < enough == max(needed_images(alpha), FEWEST_IMAGES)
+        assert count_calibration(enough, alpha) == enough or enough >= FEW_IMAGES
         return
-    assert needed_images(alpha) <= chosen <= 0.6 * images + 1e-9
-    assert images - chosen >= FEWEST_FIT_IMAGES
-    assert chosen >= round(0.4 * images)
+    assert images >= max(needed_images(alpha), FEWEST_IMAGES) and chosen >= needed_images(alpha)
+    if chosen < images:
+        assert images >= FEW_IMAGES
+        assert round(0.4 * images) <= chosen <= 0.6 * images + 1e-9
+        assert images - chosen >= FEWEST_FIT_IMAGES
 
 
-@given(st.integers(33, 3000))
+@given(st.integers(34, 3000), RATES)
+def test_more_images_never_make_an_alpha_unreachable(images: int, alpha: float) -> None:
+    assume(images >= needed_images(alpha))
+    assert count_calibration(images + 1, alpha) >= needed_images(alpha)
+
+
+@given(st.integers(34, 3000))
 def test_the_smallest_alpha_that_is_named_works(images: int) -> None:
     with pytest.raises(TooFewImagesError) as refused:
         count_calibration(images, 1e-4)
@@ -51,21 +67,6 @@ def test_the_smallest_alpha_that_is_named_works(images: int) -> None:
 def test_an_alpha_that_is_no_rate_is_refused(alpha: float) -> None:
     with pytest.raises(OptionError, match="between 0 and 1"):
         count_calibration(1000, alpha)
-    with pytest.raises(OptionError, match="between 0 and 1"):
-        check_few(3, alpha)
-
-
-@given(st.integers(0, 299), RATES)
-def test_few_images_suffice_where_all_of_them_reach_alpha_or_a_number_is_named_that_does(images: int, alpha: float) -> None:
-    try:
-        check_few(images, alpha)
-    except TooFewImagesError as refused:
-        named = re.search(r"^alpha \S+ needs (\d+)|give at least (\d+)", str(refused))
-        enough = int(named[1] or named[2])
-        assert images < enough == max(needed_images(alpha), FEWEST_IMAGES)
-        check_few(enough, alpha)
-        return
-    assert images >= max(needed_images(alpha), FEWEST_IMAGES)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=200), st.floats(0, 1), st.integers(0, 99))

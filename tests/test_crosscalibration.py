@@ -86,6 +86,16 @@ def test_only_few_images_are_all_fitted_on_and_copied_six_times(small_target, co
     assert len(prepared.fit_rows) == (count if few else count - len(prepared.calibration_rows))
 
 
+def test_where_a_split_cannot_reach_alpha_all_are_fitted_on_too(small_target):
+    target = Target.open(small_target)
+    taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
+    images = shapes.draw_shapes(FEW_IMAGES, seed=6)[0]
+    prepared = prepare_clean(target, images, taps, preprocessing, 0.005, "auto", 0, lambda message: None)
+    assert prepared.crossed and len(prepared.fit_rows) == FEW_IMAGES
+    assert prepared.clean.originals == FEW_IMAGES
+    assert len(prepared.clean.source) <= 2 * FEW_IMAGES, "one copy each, as where a split is left"
+
+
 def test_alpha_needs_no_more_images_than_calibrate(small_target):
     target = Target.open(small_target)
     taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
