@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from diffense.guidance import Guidance, Kind, fit_guidance, one_hot, split_mean
 from diffense.manifest import NetworkReport
 from diffense.sampling import Denoise, in_float32
 from diffense.scoring import TINY, Formula, measure_mismatch, measure_strangeness
+from diffense.settings import FitSettings
 
 Matrix = NDArray[np.float64]
 Rewhiten = Callable[[NDArray[np.bool_]], Matrix]
@@ -124,9 +125,7 @@ def learn_network(
     crossed: CrossFit,
     guidance: Guidance,
     sigmas: Matrix,
-    mode: Literal["auto", "on", "off"],
-    steps: int,
-    seed: int,
+    settings: FitSettings,
     report: Callable[[int, int], None],
     choose_typical: Callable[[], NDArray[np.bool_]],
 ) -> tuple[dict[str, NDArray[np.float32]] | None, NetworkReport]:
@@ -137,9 +136,7 @@ def learn_network(
         crossed: the parts through which each fold is seen.
         guidance: of all rows.
         sigmas: (L, K) the guard's levels.
-        mode: whether it is used; ``auto`` asks the held-out rows.
-        steps: most optimiser steps.
-        seed: of the training.
+        settings: whether it is used (``auto`` asks the held-out rows), most optimiser steps, seed.
         report: told (step, steps).
         choose_typical: gives the (n,) rows that may be learned from; asked only where something is learned. All held-out
             originals judge.
@@ -150,6 +147,7 @@ def learn_network(
     Raises:
         OptionError: so few steps that no check would ever take place.
     """
+    mode, steps = settings.network, settings.training_steps
     if mode == "off":
         return None, NetworkReport(used=False, reason="switched off")
     if mode == "auto" and clean.originals < FEWEST_ROWS:
@@ -176,7 +174,7 @@ def learn_network(
 
     typical = choose_typical()
     taught, judges = pick(~held_out & typical), pick(held_out & originals)
-    learned = train_denoiser(taught, judges, clean.used, sigmas, clean.width, steps, seed, report)
+    learned = train_denoiser(taught, judges, clean.used, sigmas, clean.width, steps, settings.seed, report)
     better = learned.loss <= GAIN * learned.gaussian_loss
     what = f"held-out loss {learned.loss:.3f} against {learned.gaussian_loss:.3f} of the Gaussian"
     used = better or mode == "on"

@@ -75,9 +75,7 @@ def fit_scorer(
         crossed,
         whole[0],
         sigmas,
-        settings.network,
-        settings.training_steps,
-        settings.seed,
+        settings,
         report,
         partial(choose_typical, latent_set, crossed, formula),
     )

@@ -13,6 +13,7 @@ from diffense.learning import CHECK_EVERY, Innovations, Learned, train_denoiser
 from diffense.sampling import draw_noise, lay_ladder
 from diffense.scorer_fit import STRANGEST, choose_typical
 from diffense.scoring import Formula, lay_bands, list_evidence, list_parts
+from diffense.settings import FitSettings, ignore_progress
 from latent_sets import draw_rows, make_set
 
 TAPS, WIDTH, CLASSES = 2, 4, 4
@@ -119,7 +120,8 @@ def learn(clean: LatentSet, mode: Any, steps: int = 300, typical: Any = None) ->
     crossed = cross_fit(clean, whole[0], np.random.default_rng(0))
     sigmas = np.full((1, clean.latents.shape[1] // clean.width), 0.5)
     kept = everything if typical is None else typical
-    return learn_network(clean, crossed, whole[0], sigmas, mode, steps, 0, lambda step, of: None, lambda: kept), crossed
+    settings = FitSettings(network=mode, training_steps=steps)
+    return learn_network(clean, crossed, whole[0], sigmas, settings, ignore_progress, lambda: kept), crossed
 
 
 def test_the_network_stays_off_where_a_gaussian_says_it_all() -> None:
