@@ -9,6 +9,7 @@ from typing import Final
 
 from benchmarks.attacks import ATTACKS, MATRIX, UNSEEN
 from benchmarks.datasets import SPECS
+from benchmarks.duration_table import render_durations
 from benchmarks.figures import (
     LEAST_ACCURACY,
     LEAST_SUCCESS,
@@ -162,6 +163,7 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         *render_costs(poisoned),
     ]
+    parts += render_durations(rows)
     parts += render_published(rows)
     parts += render_plain(rows)
     pairs = find_pairs(rows, variants)
