@@ -20,7 +20,11 @@ DTYPES: Final = {
     "FP32": np.float32, "FP16": np.float16, "FP64": np.float64, "UINT8": np.uint8, "INT8": np.int8,
     "INT16": np.int16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
 }  # fmt: skip
-REQUEST_ID: Final = "diffense-health"  # left out of the metrics of verdicts
+REQUEST_ID: Final = "diffense-health"  # counted apart from other requests
+ALIVE: Final = (
+    http.client.BAD_REQUEST,
+    http.client.SERVICE_UNAVAILABLE,
+)  # of a gateway: by its policy, or busy
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 
@@ -66,7 +70,10 @@ def is_ready(address: str, timeout_s: float = 2.0) -> bool:
 
 
 def check_server(address: str, timeout_s: float = 30.0) -> list[str]:
-    """Ask every guarded model for an inference, or, where there is none, every model whose input shape is known.
+    """Ask every guarded model and gateway for an inference, or, where there is none, every model whose input shape is known.
+
+    A stream answers over gRPC alone and is not asked. A gateway may refuse the image, take no more work, or give no verdict in
+    its time: its process answers.
 
     Returns:
         The models that answered; empty when the server has no model loaded.
@@ -77,10 +84,11 @@ def check_server(address: str, timeout_s: float = 30.0) -> list[str]:
     answer = ask(address, "POST", "/v2/repository/index", b"{}", timeout_s=timeout_s)
     if answer.status != http.client.OK:
         raise ServeError(f"{address} does not list its models ({answer.status}); is this a Triton server?")
-    listed = {entry["name"]: entry.get("state", "") for entry in answer.read_json()}
-    guarded = sorted(name for name in listed if name.endswith(names.GUARDED_SUFFIX) and listed[name])
-    ready = guarded or sorted(name for name, state in listed.items() if state == "READY")
-    return [name for name in ready if _check_model(address, name, timeout_s, must=bool(guarded))]
+    listed = [entry for entry in answer.read_json() if entry.get("state")]
+    entries = [entry for entry in listed if entry["state"] != "UNLOADING" and entry.get("reason") != "unloaded"]
+    fronts = sorted(entry["name"] for entry in entries if entry["name"].endswith((names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX)))
+    ready = fronts or sorted(entry["name"] for entry in entries if entry["state"] == "READY")
+    return [name for name in ready if _check_model(address, name, timeout_s, must=bool(fronts))]
 
 
 def _check_model(address: str, model: str, timeout_s: float, *, must: bool) -> bool:
@@ -101,9 +109,12 @@ def _check_model(address: str, model: str, timeout_s: float, *, must: bool) -> b
     body = head + b"".join(array.tobytes() for _, _, array in inputs)
     length = {HEADER_LENGTH.replace("-", "_"): str(len(head))}
     answer = ask(address, "POST", f"/v2/models/{model}/infer", body, timeout_s=timeout_s, **length)
+    gateway = model.endswith(names.GATEWAY_SUFFIX)
+    if gateway and answer.status in ALIVE:
+        return True
     if answer.status != http.client.OK:
         raise ServeError(f"{model} does not answer: {_reason(answer)}")
-    _check_outputs(model, answer)
+    _check_outputs(model, answer, must_score=not gateway)
     return True
 
 
@@ -144,7 +155,7 @@ def _image_shape(preprocessing: dict[str, Any]) -> list[int]:
     return [channels, height, width] if preprocessing["layout"] == "NCHW" else [height, width, channels]
 
 
-def _check_outputs(model: str, answer: Answer) -> None:
+def _check_outputs(model: str, answer: Answer, *, must_score: bool) -> None:
     """Outputs of zero bytes are what NumPy 2 and broken stubs give without an error."""
     start = answer.header_length or 0
     outputs = answer.read_json().get("outputs", [])
@@ -155,7 +166,7 @@ def _check_outputs(model: str, answer: Answer) -> None:
         dtype = DTYPES.get(output["datatype"])
         if dtype is not None and size != math.prod(output["shape"]) * np.dtype(dtype).itemsize:
             raise ServeError(f"{model} gives {size} bytes for {output['name']} of shape {output['shape']}")
-        if output["name"] == names.FLAGGED and answer.body[start] == names.UNSCORED:
+        if must_score and output["name"] == names.FLAGGED and answer.body[start] == names.UNSCORED:
             raise ServeError(f"{model} answers, but its guard does not score (flagged = {names.UNSCORED})")
         start += size
 

@@ -99,7 +99,8 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._endpoints: Endpoints | None = None
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._prefix = f"diffense_{os.getpid()}_{next(_COUNT)}_"
+        # Begins as the backend's own does: servers from 2.60 on keep clients out of regions that are called so.
+        self._prefix = f"triton_python_backend_shm_region_diffense_{os.getpid()}_{next(_COUNT)}_"
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._reader: threading.Thread | None = None
 
@@ -143,6 +144,12 @@ class TritonServer:
             )
         if self.model_control == "none" and not any(entry.is_dir() for entry in self.repository.iterdir()):
             raise ServeError(f"{self.repository} holds no model; give the model repository that `diffense export` wrote")
+        hidden = [entry for entry in self.repository.iterdir() if entry.name.startswith(".") and entry.is_dir()]
+        if self.model_control == "none" and hidden:
+            raise ServeError(
+                f"Triton takes {hidden[0]} for a model and would not start; move it out of the repository (an export that is "
+                "killed while it installs across file systems leaves such a folder)"
+            )
         self.files = find_server(self._which)
         check_package(self.files)
         deadline = time.monotonic() + timeout_s

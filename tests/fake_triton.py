@@ -141,6 +141,7 @@ class FakeBackend:
     def __init__(self, **models: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
         backend = self
         self.models, self.calls, self.traces, self.logged, self.families = models, [], [], [], {}
+        self.identities: list[tuple[str, str]] = []
 
         class InferenceRequest:
             def __init__(
@@ -151,10 +152,12 @@ class FakeBackend:
                 timeout: int,
                 preferred_memory: tuple[str, int],
                 trace: str | None = None,
+                request_id: str = "",
             ) -> None:
                 assert preferred_memory == ("cpu", 0), "on a GPU, NumPy could not read the outputs"
                 self.model, self.wanted, self.timeout = model_name, requested_output_names, timeout
                 backend.traces.append((model_name, trace))
+                backend.identities.append((model_name, request_id))
                 self.arrays = {tensor.name(): tensor.as_numpy() for tensor in inputs}
 
             def exec(self) -> InferenceResponse:

@@ -133,6 +133,11 @@ def test_batches_that_the_server_does_not_take_are_refused(endpoints: Endpoints)
         pack_requests(served, make_pixels(0), 1)
 
 
+def test_a_url_of_one_protocol_is_not_asked_by_another(run_cli: Run) -> None:
+    code, _, err = run_cli("--url", "grpc://127.0.0.1:1", "--model", "m_guarded", "--protocol", "http")
+    assert code == 2 and "says grpc, but the protocol is http" in err
+
+
 @pytest.mark.server
 def test_the_command_writes_every_finished_scenario(endpoints: Endpoints, tmp_path: Path, run_cli: Run) -> None:
     out = tmp_path / "bench.json"

@@ -140,6 +140,27 @@ async def test_a_cancelled_call_leaves_no_region(endpoints: Endpoints, protocol:
 
 
 @pytest.mark.server
+@pytest.mark.anyio
+@both
+async def test_regions_that_the_server_has_forgotten_are_made_anew(endpoints: Endpoints, protocol: Protocol) -> None:
+    before = set(MOUNT.glob(f"diffense-{os.getpid()}-*"))
+
+    def forget() -> None:  # as one that is started again has
+        with tritonclient.grpc.InferenceServerClient(endpoints.grpc) as plain:
+            plain.unregister_system_shared_memory()
+
+    with connect(endpoints, protocol, shared_memory=True) as client:
+        for _ in range(2):
+            check(client.infer(make_pixels(3)), make_pixels(3))
+            forget()
+    async with AsyncGuardClient(getattr(endpoints, protocol), MODEL, protocol, shared_memory=True) as client:
+        for _ in range(2):
+            check(await client.infer(make_pixels(3)), make_pixels(3))
+            forget()
+    assert set(MOUNT.glob(f"diffense-{os.getpid()}-*")) == before
+
+
+@pytest.mark.server
 @both
 def test_shared_memory_is_given_back(endpoints: Endpoints, protocol: Protocol) -> None:
     def list_regions() -> set[str]:

@@ -1,4 +1,5 @@
 import hashlib
+import re
 import shutil
 
 import onnx
@@ -284,6 +285,30 @@ def test_a_standing_model_with_other_weights_is_refused(guard, small_target, tmp
     other = onnx_models.save(onnx_models.plain_cnn(), tmp_path / "other.onnx")
     place_production(tmp_path / "r", other, None)
     with pytest.raises(ExportError, match="another classifier"):
+        export_guard(guard, small_target, tmp_path / "r", "m", production=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ("latest {}", "8"),
+        ("latest { num_versions: 1 }", "8"),
+        ("specific { versions: [8] }", "8"),
+        ("specific { versions: [7] }", "another"),
+        ("latest { num_versions: 2 }", "several versions, or none (7, 8)"),
+        ("all {}", "several versions, or none (7, 8)"),
+        ("specific { versions: [] }", "several versions, or none (none)"),
+    ],
+)
+def test_the_version_that_a_standing_model_serves_is_compared(guard, small_target, tmp_path, policy, served):
+    other = onnx_models.save(onnx_models.plain_cnn(), tmp_path / "other.onnx")
+    place_production(tmp_path / "r", other, f'backend: "onnxruntime" max_batch_size: 6 version_policy {{ {policy} }}')
+    (tmp_path / "r" / "m" / "8").mkdir()
+    shutil.copyfile(small_target, tmp_path / "r" / "m" / "8" / "model.onnx")
+    if served == "8":
+        export_guard(guard, small_target, tmp_path / "r", "m", production=False)
+        return
+    with pytest.raises(ExportError, match=re.escape(served)):
         export_guard(guard, small_target, tmp_path / "r", "m", production=False)
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from diffense import names
 from diffense.health import REQUEST_ID
-from diffense.serving.budget import REST_S, STRIKES, Budget, OverBudgetError
+from diffense.serving.budget import REST_S, STRIKES, WORKERS, Budget, OverBudgetError
 from diffense.serving.calls import CallError, call_model
 from diffense.serving.policy import replace_outputs
 from diffense.serving.settings import GatewayOptions, Wiring
@@ -53,9 +53,28 @@ def test_a_direct_gateway_asks_one_model_and_counts_the_verdicts_itself(served):
     assert np.array_equal(good.arrays()["logits"], served.logits[[0, 7]])
     assert [bad.arrays()[name][1].item() for name in names.VERDICT_TENSORS] == [-1, -1, names.UNSCORED]
     assert bad.arrays()[names.FLAGGED][0] == served.truth.flagged[1]
-    assert backend.total("diffense_scored_total") == 3
+    assert backend.total("diffense_scored_total") == 4
+    assert backend.total("diffense_scored_total", label="health") == 1
     assert backend.total("diffense_unscored_total", reason="score") == 1
-    assert backend.total("diffense_flagged_total") == served.truth.flagged[[0, 1, 7]].sum()
+    assert backend.total("diffense_flagged_total") == served.truth.flagged[[0, 1, 3, 7]].sum()
+
+
+def test_the_guard_is_called_under_the_id_of_a_request_that_is_alone(served):
+    backend, service = served.gateway_service()
+    service.answer([served.ask_gateway([0], identity="a")])
+    service.answer([served.ask_gateway([0], identity="a"), served.ask_gateway([1], identity="b")])
+    service.close()
+    assert [given for model, given in backend.identities if model == "m_guard"] == ["a", ""]
+
+
+def test_an_empty_or_unreadable_request_is_refused_alone(served):
+    _, service = served.gateway_service()
+    broken = served.ask_gateway([0])
+    broken.inputs = lambda: 1 / 0
+    nothing, unreadable, good = service.answer([served.ask_gateway([]), broken, served.ask_gateway([1])])
+    assert nothing.error().code() == TritonError.INVALID_ARG and "no image" in nothing.error().message()
+    assert unreadable.error().code() == TritonError.INTERNAL and "division" not in unreadable.error().message()
+    served.check(good, [1])
 
 
 def test_an_answer_of_a_direct_graph_that_lacks_a_row_costs_the_verdict_alone(served):
@@ -158,8 +177,21 @@ def test_production_answers_while_the_guard_hangs(served):
 def test_a_closed_gateway_gives_an_error_without_a_verdict(served):
     _, service = served.gateway_service(GatewayOptions(closed=True), m_guard=fail)
     (response,) = service.answer([served.ask_gateway([0])])
-    assert response.error().code() == TritonError.UNAVAILABLE
+    assert response.error().code() == TritonError.INTERNAL
     assert "/srv" not in response.error().message()
+
+
+def test_a_closed_gateway_calls_a_bad_image_bad_and_asks_to_come_again_where_that_helps(served):
+    closed = GatewayOptions(closed=True)
+    _, service = served.gateway_service(closed, wiring=DIRECT, m_tapped=served.judge_directly)
+    image = served.image[[1]].copy()
+    image[0, 0, 0, 0] = np.nan
+    (bad,) = service.answer([served.ask_gateway([], image=image)])
+    assert bad.error().code() == TritonError.INVALID_ARG
+    now = [0.0]
+    _, service = served.gateway_service(closed, clock=lambda: now.append(now[-1] + 10) or now[-1])
+    (late,) = service.answer([served.ask_gateway([0], timeout_us=1_000_000)])
+    assert late.error().code() == TritonError.UNAVAILABLE and "timeout" in late.error().message()
 
 
 def flag_second(arrays):
@@ -303,6 +335,17 @@ def test_one_clients_short_patience_does_not_switch_the_guard_off():
     release.set()
     assert budget.run(lambda deadline: "scored") == "scored"
     budget.close()
+
+
+def test_calls_that_hang_keep_no_images_of_others_in_a_queue():
+    budget, release, kept = Budget(30.0), threading.Event(), []
+    for _ in range(WORKERS + 20):
+        with pytest.raises(OverBudgetError, match="budget"):
+            budget.run(lambda deadline: (kept.append(deadline), release.wait(30)), seconds=0.001)
+    release.set()
+    budget.run(lambda deadline: None)
+    budget.close()
+    assert len(kept) <= WORKERS
 
 
 def test_nonsense_of_production_ends_every_request_with_an_error(served):

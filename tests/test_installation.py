@@ -1,14 +1,18 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from diffense.errors import ExportError
+from diffense_export import installation
 from diffense_export.installation import install_models, open_stage
 from repositories import hash_tree
 
-MODELS, STALE = ["a", "b", "c"], ["d"]  # "a" and "b" replace older ones, "c" is new, "d" has no place any more
-MOVES = 6  # two for each of "a" and "b", one for "c" and for "d"
+# "a" and the front replace older ones, "c" is new, "d" and its front have no place any more.
+MODELS, STALE = ["a", "c", "a_guarded"], ["d", "d_stream"]
+OLD = ["a", "a_guarded", "d", "d_stream"]
+MOVES = 7  # two for each of "a" and "a_guarded", one for each of the others
 
 
 def write(folder: Path, models: list[str], text: str) -> None:
@@ -19,7 +23,7 @@ def write(folder: Path, models: list[str], text: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    write(tmp_path / "r", ["a", "b", "d"], "old")
+    write(tmp_path / "r", OLD, "old")
     return tmp_path / "r"
 
 
@@ -79,8 +83,8 @@ def test_what_cannot_be_put_back_is_kept_and_the_message_says_where(
         install(repository)
     (attic,) = [path for path in repository.parent.iterdir() if path != repository]
     assert f"it lies in {attic}, move the folders there back by hand" in str(raised.value)
-    old = [folder / model for folder in (repository, attic) for model in ("a", "b", "d") if (folder / model).exists()]
-    assert sorted((path.name, (path / "file").read_text()) for path in old) == [("a", "old"), ("b", "old"), ("d", "old")]
+    old = [folder / model for folder in (repository, attic) for model in OLD if (folder / model).exists()]
+    assert sorted((path.name, (path / "file").read_text()) for path in old) == [(model, "old") for model in OLD]
     assert any(path.parent == attic for path in old)
 
 
@@ -94,3 +98,35 @@ def test_an_interrupt_in_the_middle_of_the_last_cleaning_leaves_the_new_models(
     with pytest.raises(KeyboardInterrupt):
         install(repository)
     assert {path.name: (path / "file").read_text() for path in repository.iterdir()} == dict.fromkeys(MODELS, "new")
+
+
+def test_at_no_moment_a_front_stands_before_models_of_two_exports(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, seen = Path.rename, []
+
+    def move_and_look(source: Path, target: Path) -> Path:
+        moved = rename(source, target)
+        seen.append({path.name: (path / "file").read_text() for path in repository.iterdir()})
+        return moved
+
+    monkeypatch.setattr(Path, "rename", move_and_look)
+    install(repository)
+    assert len(seen) == MOVES
+    for found in seen:
+        fronts = {text for name, text in found.items() if name.endswith(("_guarded", "_stream"))}
+        behind = {text for name, text in found.items() if name in MODELS[:2] + STALE[:1]}
+        assert not fronts or behind <= fronts, found
+
+
+def test_across_file_systems_nothing_unfinished_lies_in_the_repository(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(installation, "_is_on_one_device", lambda one, other: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    with open_stage(repository) as stage:
+        assert stage.parent == elsewhere
+        write(stage, MODELS, "new")
+        assert sorted(path.name for path in repository.iterdir()) == OLD
+        install_models(stage, repository, MODELS, STALE)
+    assert {path.name: (path / "file").read_text() for path in repository.iterdir()} == dict.fromkeys(MODELS, "new")
+    assert not list(elsewhere.iterdir())

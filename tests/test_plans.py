@@ -94,6 +94,12 @@ def test_plans_are_built_again_from_the_graphs_beside_them_production_only_when_
         export_guard(guard, small_target, repository, "m", production=False)
 
 
+def test_production_that_was_left_alone_is_not_built(guard, small_target, repository, engine):
+    export_guard(guard, small_target, repository, "m", production=False)
+    with pytest.raises(ExportError, match="m was exported with --no-production"):
+        build_plans(repository, "m", engine, production=True)
+
+
 def test_plans_stack_requests_also_where_the_config_for_onnxruntime_does_not():
     config = model_config_pb2.ModelConfig(name="m", max_batch_size=8)
     assert make_config(config, cuda_graphs=False).HasField("dynamic_batching")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from pyarrow import parquet
 from client_codes import BROKEN, UNSCORED
 from client_repository import CLASSES, MODEL, SHAPE, expect_logits, expect_scores, make_pixels, shared_repository, trigger
 from diffense.errors import OptionError
+from diffense.images import Images
+from diffense.names import FLAGGED_YES, PASSED
 from diffense.serve import Endpoints, TritonServer
 from diffense.text import printable
-from diffense_client.scan import ScanRow, write_csv, write_parquet
+from diffense_client.scan import ScanRow, scan_images, write_csv, write_parquet
 
 Run = Callable[..., tuple[int, str, str]]
 DARK, BRIGHT = 30, 200  # grey levels below and above the served model's threshold
@@ -113,6 +116,30 @@ def test_hostile_names_are_shown_but_not_obeyed(endpoints: Endpoints, tmp_path: 
         assert shown in out
     rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
     assert sorted(row["path"] for row in rows) == sorted(f"'{name}.png" if name[0] in "=+" else f"{name}.png" for name in names)
+
+
+def test_a_place_where_no_file_can_be_written_is_told_before_anything_is_sent(tmp_path: Path, run_cli: Run) -> None:
+    np.savez(tmp_path / "x.npz", x=make_pixels(1))
+    for option in ("--csv", "--parquet"):
+        place = tmp_path / "nowhere" / "rows"
+        code, out, err = run_cli(tmp_path / "x.npz", "--url", "127.0.0.1:1", "--model", MODEL, option, place)
+        assert (code, out) == (2, "") and f"cannot write {place}" in err.replace("\n", "")
+
+
+def test_a_withheld_answer_has_no_label() -> None:
+    class Gateway:
+        def describe(self) -> Any:
+            return SimpleNamespace(max_batch_size=8, logits="logits")
+
+        def infer(self, pixels: Any, outputs: Any) -> Any:
+            logits = np.array([[0, 0, 0], [1, 3, 2], [0, 0, 0]], np.float32)
+            flagged = np.array([FLAGGED_YES, FLAGGED_YES, PASSED], np.uint8)
+            ones = np.ones(3, np.float32)
+            return SimpleNamespace(outputs={"logits": logits}, flagged=flagged, score=ones, p_value=ones)
+
+    images = Images(make_pixels(3), ("a", "b", "c"), None, ())
+    (rows,) = scan_images(Gateway(), images)  # type: ignore[arg-type]
+    assert [row.label for row in rows] == [-1, 1, 0]
 
 
 @pytest.mark.server

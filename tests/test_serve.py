@@ -130,12 +130,12 @@ def test_bad_config_is_explained_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_server_stops_in_order_and_leaves_nothing(tmp_path: Path) -> None:
     write_plain_model(tmp_path, "plain")
-    others = {path.name.rsplit("_", 1)[0] for path in Path("/dev", "shm").glob(f"diffense_{os.getpid()}_*")}
+    others = {path.name.rsplit("_", 1)[0] for path in Path("/dev", "shm").glob(f"*_diffense_{os.getpid()}_*")}
     server = TritonServer(tmp_path)
     server.start()
     pid, http, log = server.pid, server.endpoints.http, server.log
     children = find_children(pid)
-    (prefix,) = {path.name.rsplit("_", 1)[0] for path in Path("/dev", "shm").glob(f"diffense_{os.getpid()}_*")} - others
+    (prefix,) = {path.name.rsplit("_", 1)[0] for path in Path("/dev", "shm").glob(f"*_diffense_{os.getpid()}_*")} - others
     assert server.check() == ["plain"]
     assert children, "the stand-in has a process of its own"
     assert server.stop() == 0
@@ -167,6 +167,44 @@ def test_killed_model_process_looks_ready_and_fails_the_check(tmp_path: Path) ->
         assert "unhealthy: digits_guarded" in answer.stderr
     finally:
         server.stop()
+
+
+@pytest.mark.server
+def test_a_killed_gateway_fails_the_check_and_one_that_gives_no_verdict_does_not(tmp_path: Path) -> None:
+    write_verdict_model(tmp_path / "repository", "digits_guarded", flagged=0)
+    write_verdict_model(tmp_path / "repository", "digits_gateway", flagged=2)
+    server = TritonServer(tmp_path / "repository", grace_s=1, log=tmp_path / "log")
+    server.start()
+    try:
+        assert server.check() == ["digits_gateway", "digits_guarded"]
+        (gateway,) = (
+            child for child in find_children(server.pid) if b"digits_gateway" in Path(f"/proc/{child}/cmdline").read_bytes()
+        )
+        os.kill(gateway, signal.SIGKILL)
+        with pytest.raises(ServeError, match=r"digits_gateway does not answer: .*not healthy"):
+            server.check()
+    finally:
+        server.stop()
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("stand_in")
+def test_a_model_that_was_unloaded_on_purpose_is_not_missed(tmp_path: Path) -> None:
+    write_plain_model(tmp_path, "plain")
+    write_verdict_model(tmp_path, "digits_guarded", flagged=0)
+    server = TritonServer(tmp_path, model_control="explicit", extra=["--load-model=*"])
+    with server:
+        assert server.check() == ["digits_guarded"]
+        http = server.endpoints.http
+        assert health.ask(http, "POST", "/v2/repository/models/digits_guarded/unload", b"{}", timeout_s=10).status == 200
+        assert server.check() == ["plain"]
+
+
+def test_a_folder_that_triton_would_take_for_a_model_is_named(tmp_path: Path) -> None:
+    write_plain_model(tmp_path, "plain")
+    (tmp_path / ".diffense-stage-x").mkdir()
+    with pytest.raises(ServeError, match=r"\.diffense-stage-x for a model.* move it out"):
+        TritonServer(tmp_path).start()
 
 
 @pytest.mark.server

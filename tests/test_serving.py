@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffense import names
 from diffense.graphs import open_session
 from diffense.health import REQUEST_ID
-from diffense.serving.meter import LABEL_SERIES, Meter
+from diffense.serving.meter import HEALTH_LABEL, LABEL_SERIES, Meter
 from diffense.serving.verdicts import VerdictRows
 from diffense_export.scorer import build_scorer
 from fake_triton import FakeBackend, TritonError
@@ -167,10 +167,24 @@ def test_a_gateway_traces_the_call_that_cannot_outlive_its_request_alone(served)
     assert backend.traces == [("m", "trace of r"), ("m_features", None), ("m_guard", None)]
 
 
-def test_the_health_check_is_not_counted(served):
+def test_what_bears_the_health_checks_id_is_counted_under_a_label_of_its_own(served):
     backend, service = served.guard_service()
-    service.answer([served.ask_guard([0], identity=REQUEST_ID), served.ask_guard([1, 2])])
-    assert backend.total("diffense_scored_total", model="m") == 2
+    bad = served.ask_guard([5], latents=served.latents[[5]] * np.nan, identity=REQUEST_ID)
+    service.answer([served.ask_guard([0], identity=REQUEST_ID), bad, served.ask_guard([1, 2])])
+    assert backend.total("diffense_scored_total", model="m") == 3
+    assert backend.total("diffense_scored_total", label=HEALTH_LABEL) == 1
+    assert backend.total("diffense_unscored_total", reason="invalid_arg") == 1
+
+
+def test_an_empty_or_unreadable_request_is_refused_alone(served):
+    _, service = served.guard_service()
+    empty = served.ask_guard([])
+    broken = served.ask_guard([0])
+    broken.inputs = lambda: 1 / 0
+    nothing, unreadable, good = service.answer([empty, broken, served.ask_guard([1])])
+    assert nothing.error().code() == TritonError.INVALID_ARG and "no image" in nothing.error().message()
+    assert unreadable.error().code() == TritonError.INTERNAL and "division" not in unreadable.error().message()
+    served.check(good, [1])
 
 
 def test_metrics_count_images_by_predicted_class(served):

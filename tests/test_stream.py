@@ -1,6 +1,7 @@
 """The stream on the real server, asked by tritonclient and by the client of Diffense."""
 
 import asyncio
+import socket
 from collections import defaultdict
 
 import numpy as np
@@ -9,8 +10,11 @@ from tritonclient.utils import InferenceServerException
 
 import shapes
 from diffense import names
-from diffense.errors import BadInputError, OptionError, OverloadedError, ServerDownError
+from diffense.errors import BadInputError, DeadlineError, OptionError, OverloadedError, ServerDownError
 from diffense_client import AsyncGuardClient, GuardClient, StreamedPrediction, StreamedVerdict
+from diffense_client._core import Request
+from diffense_client._failures import Deadline
+from diffense_client._grpc import AsyncGrpcTransport
 from diffense_export.repository import export_guard
 from triton_calls import DEADLINE_S, MAX_BATCH, ask, read_total, send_stream
 
@@ -130,6 +134,31 @@ async def test_the_client_streams_batch_by_batch(server, known, family):
         assert np.allclose(prediction.outputs["logits"], whole.as_numpy("logits")[rows], atol=1e-4)
         assert np.allclose(verdict.score, whole.as_numpy(names.SCORE)[rows, 0], atol=1e-4)
         assert np.array_equal(verdict.flagged, whole.as_numpy(names.FLAGGED)[rows, 0])
+
+
+async def test_a_verdict_that_is_there_is_not_late_however_long_the_reader_takes(server, known):
+    pixels, _ = known
+    async with AsyncGuardClient(server.endpoints.grpc, "separate_stream", timeout_s=2) as client:
+        kinds = []
+        async for event in client.stream(pixels[:1]):
+            kinds.append(type(event))
+            await asyncio.sleep(2.5)
+    assert kinds == [StreamedPrediction, StreamedVerdict]
+
+
+async def test_a_stream_that_a_server_never_answers_does_not_stay_for_ever(monkeypatch):
+    monkeypatch.setattr("diffense_client._grpc.DRAIN_S", 0.2)
+    request = Request("id", "m", "x", "FP32", np.zeros((1, 1), np.float32), 1, 0, ("y",))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        transport = AsyncGrpcTransport(f"127.0.0.1:{silent.getsockname()[1]}")
+        parts = transport.stream(request, 0.3)
+        with pytest.raises(DeadlineError):
+            await parts.read(Deadline(0.1))
+        await asyncio.sleep(1.0)
+        assert not transport._drains
+        await transport.close()
 
 
 async def test_many_streams_of_one_client_run_at_once(server, known):

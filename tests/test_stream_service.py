@@ -46,6 +46,16 @@ def test_a_bad_image_costs_its_own_request_the_verdict(served):
     assert "image 1 of the request" in bad[1].message()
 
 
+def test_an_empty_or_unreadable_request_is_refused_alone(served):
+    _, service = served.stream_service()
+    broken = served.ask_gateway([0])
+    broken.inputs = lambda: 1 / 0
+    nothing, unreadable, good = answer(service, served.ask_gateway([]), broken, served.ask_gateway([1]))
+    assert nothing[0].code() == TritonError.INVALID_ARG and "no image" in nothing[0].message()
+    assert unreadable[0].code() == TritonError.INTERNAL and "division" not in unreadable[0].message()
+    served.check_arrays(good[1], [1])
+
+
 def test_requests_of_unlike_size_are_not_stacked(served):
     shapes = []
 

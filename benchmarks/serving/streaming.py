@@ -27,6 +27,7 @@ from diffense.names import STREAM_SUFFIX
 from diffense.serve import TritonServer
 from diffense_client._aio import open_transport
 from diffense_client._core import Request, Settings
+from diffense_client._failures import Deadline
 from diffense_client._transport import Parts
 from diffense_export.repository import export_guard
 
@@ -108,7 +109,7 @@ async def time_parts(url: str, requests: Sequence[Request], seconds: float) -> t
 
 
 async def _read(parts: Parts, start: float) -> float:
-    await parts.read(TIMEOUT_S)
+    await parts.read(Deadline(TIMEOUT_S))
     return time.perf_counter() - start
 
 

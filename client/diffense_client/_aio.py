@@ -28,7 +28,7 @@ from diffense_client._failures import RETRIED, Deadline, Protocol, plan_retries
 from diffense_client._grpc import AsyncGrpcTransport
 from diffense_client._http import AsyncHttpTransport
 from diffense_client._model import ServedModel, read_config
-from diffense_client._shared_memory import LET_GO_S, LET_GO_WAITS_S, Region, RegionPool, explain_refusal
+from diffense_client._shared_memory import LET_GO_S, LET_GO_WAITS_S, Region, RegionPool, explain_refusal, is_forgotten
 from diffense_client._transport import AsyncTransport, Parts
 
 
@@ -106,7 +106,7 @@ class AsyncGuardClient:
             parts, answer = await self._retry(RETRIED, self._begin, request, deadline)
             yield decode_event(served, request, answer)
             if names.FLAGGED not in answer.arrays:
-                yield decode_event(served, request, await parts.read(deadline.remaining()))
+                yield decode_event(served, request, await parts.read(deadline))
 
     async def close(self) -> None:
         """Close the connections and give shared memory back; a second call does nothing."""
@@ -149,24 +149,33 @@ class AsyncGuardClient:
 
     async def _begin(self, request: Request, deadline: Deadline) -> tuple[Parts, Answer]:
         parts = self._open.stream(request, deadline.remaining())
-        return parts, await parts.read(deadline.remaining())
+        return parts, await parts.read(deadline)
 
     async def _try(self, request: Request, deadline: Deadline) -> Answer:
         if self._regions is None:
             return await self._open.infer(request, deadline.remaining())
-        region = self._regions.acquire(request.tensor.nbytes)
+        try:
+            return await self._try_region(self._regions, request, deadline)
+        except ClientError as error:
+            if not is_forgotten(error):
+                raise
+            self._regions.retire_all()  # a server that was started again knows none of them, and the request never ran
+            return await self._try_region(self._regions, request, deadline)
+
+    async def _try_region(self, regions: RegionPool, request: Request, deadline: Deadline) -> Answer:
+        region = regions.acquire(request.tensor.nbytes)
         try:
             if not region.registered:
-                await self._register(self._regions, region, deadline)
+                await self._register(regions, region, deadline)
             region.write(request.tensor)
             answer = await self._open.infer(replace(request, region=region.name), deadline.remaining())
         except OverloadedError:  # refused, so nobody reads the region
-            self._regions.release(region)
+            regions.release(region)
             raise
         except BaseException:
-            self._regions.retire(region)
+            regions.retire(region)
             raise
-        self._regions.release(region)
+        regions.release(region)
         return answer
 
     async def _register(self, regions: RegionPool, region: Region, deadline: Deadline) -> None:

@@ -26,7 +26,7 @@ from diffense_client._failures import RETRIED, Deadline, Protocol, plan_retries
 from diffense_client._grpc import GrpcTransport
 from diffense_client._http import HttpTransport
 from diffense_client._model import ServedModel, read_config
-from diffense_client._shared_memory import LET_GO_S, LET_GO_WAITS_S, Region, RegionPool, explain_refusal
+from diffense_client._shared_memory import LET_GO_S, LET_GO_WAITS_S, Region, RegionPool, explain_refusal, is_forgotten
 from diffense_client._transport import Transport
 
 
@@ -153,19 +153,28 @@ class GuardClient:
     def _try(self, request: Request, deadline: Deadline) -> Answer:
         if self._regions is None:
             return self._open.infer(request, deadline.remaining())
-        region = self._regions.acquire(request.tensor.nbytes)
+        try:
+            return self._try_region(self._regions, request, deadline)
+        except ClientError as error:
+            if not is_forgotten(error):
+                raise
+            self._regions.retire_all()  # a server that was started again knows none of them, and the request never ran
+            return self._try_region(self._regions, request, deadline)
+
+    def _try_region(self, regions: RegionPool, request: Request, deadline: Deadline) -> Answer:
+        region = regions.acquire(request.tensor.nbytes)
         try:
             if not region.registered:
-                self._register(self._regions, region, deadline)
+                self._register(regions, region, deadline)
             region.write(request.tensor)
             answer = self._open.infer(replace(request, region=region.name), deadline.remaining())
         except OverloadedError:  # refused, so nobody reads the region
-            self._regions.release(region)
+            regions.release(region)
             raise
         except BaseException:
-            self._regions.retire(region)
+            regions.retire(region)
             raise
-        self._regions.release(region)
+        regions.release(region)
         return answer
 
     def _register(self, regions: RegionPool, region: Region, deadline: Deadline) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffense import names
 from diffense.errors import BadInputError, OptionError, ServerError
-from diffense_client._failures import PROTOCOLS, Protocol, split_url
+from diffense_client._failures import PROTOCOLS, Protocol, choose_protocol, split_url
 from diffense_client._model import ServedModel
 
 LARGEST_REQUEST: Final = 2**31 - 2**20  # bytes; protobuf messages end at 2 GiB
@@ -96,9 +96,8 @@ class Settings:
         """
         if protocol not in PROTOCOLS:
             raise OptionError(f"protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
-        scheme, host, port = split_url(url)
-        if scheme not in (None, protocol):
-            raise OptionError(f"{url!r} says {scheme}, but the protocol is {protocol}; leave out one of them")
+        choose_protocol(url, protocol)
+        _, host, port = split_url(url)
         if not model:
             raise OptionError("the model's name is empty")
         if not 0 < timeout_s < float("inf"):

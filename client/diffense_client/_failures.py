@@ -92,6 +92,18 @@ def split_url(url: str) -> tuple[Protocol | None, str, int]:
     return scheme, match[2], int(match[3])
 
 
+def choose_protocol(url: str, protocol: Protocol | None) -> Protocol:
+    """The protocol that is asked for, else the one that the URL names, else gRPC.
+
+    Raises:
+        OptionError: the two contradict each other, or the URL is no address.
+    """
+    scheme = split_url(url)[0]
+    if protocol is not None and scheme not in (None, protocol):
+        raise OptionError(f"{url!r} says {scheme}, but the protocol is {protocol}; leave out one of them")
+    return protocol or scheme or "grpc"
+
+
 def classify_grpc(code: str, *, reachable: bool) -> type[ClientError]:
     """Choose the error of a gRPC status name; a channel's own UNAVAILABLE means that nobody answers."""
     if code == "UNAVAILABLE" and not reachable:

@@ -14,7 +14,7 @@ from diffense_client._core import Answer, Request
 from diffense_client._failures import Deadline, classify_grpc, classify_stream, describe_failure
 
 PROBE_S: Final = 1.0
-DRAIN_S: Final = 10.0  # what a closing client gives streams whose reader has left
+DRAIN_S: Final = 10.0  # what streams whose reader has left get beyond their deadline, and in all from a client that closes
 STATUS_MODE: Final = {"triton_grpc_error": "true"}  # errors of a stream carry their status, and end it
 # A server that comes back is found again within a second (gRPC's own limit is two minutes).
 CHANNEL: Final = [
@@ -79,12 +79,15 @@ class GrpcParts:
         """Hand the next part to the reader."""
         self._queue.put_nowait(part)
 
-    async def read(self, timeout_s: float) -> Answer:
-        """Return the next part."""
+    async def read(self, deadline: Deadline) -> Answer:
+        """Return the next part; one that is there already is never too late, whatever the reader did meanwhile."""
         try:
-            part = await asyncio.wait_for(self._queue.get(), timeout_s)
-        except TimeoutError:
-            raise DeadlineError(describe_failure(DeadlineError, "grpc", self._address, str(self._request), "")) from None
+            part = self._queue.get_nowait()
+        except asyncio.QueueEmpty:
+            try:
+                part = await asyncio.wait_for(self._queue.get(), deadline.remaining())
+            except TimeoutError:
+                raise DeadlineError(describe_failure(DeadlineError, "grpc", self._address, str(self._request), "")) from None
         if isinstance(part, ClientError):
             raise part
         return part
@@ -133,12 +136,13 @@ class AsyncGrpcTransport:
     async def _drain(self, request: Request, timeout_s: float, parts: GrpcParts) -> None:
         subject = str(request)
         try:
-            async for result, error in self._client.stream_infer(_send_once(request, timeout_s), headers=STATUS_MODE):
-                if error is not None:
-                    kind, detail = classify_stream(error.message()), error.message()
-                    parts.put(kind(describe_failure(kind, "grpc", self._address, subject, detail)))
-                else:
-                    parts.put(_read_answer(request, result))
+            async with asyncio.timeout(timeout_s + DRAIN_S):  # a server that is silent for so long does not mind
+                async for result, error in self._client.stream_infer(_send_once(request, timeout_s), headers=STATUS_MODE):
+                    if error is not None:
+                        kind, detail = classify_stream(error.message()), error.message()
+                        parts.put(kind(describe_failure(kind, "grpc", self._address, subject, detail)))
+                    else:
+                        parts.put(_read_answer(request, result))
             parts.put(ServerError(f"{self._address} (grpc) ended the stream before the whole answer, asked for {subject}"))
         except grpc.RpcError as error:
             code, detail = error.code().name, error.details() or ""
@@ -147,6 +151,8 @@ class AsyncGrpcTransport:
         except InferenceServerException as error:
             kind = classify_stream(error.message())
             parts.put(kind(describe_failure(kind, "grpc", self._address, subject, error.message())))
+        except TimeoutError:
+            parts.put(DeadlineError(describe_failure(DeadlineError, "grpc", self._address, subject, "")))
         except ServerError as error:
             parts.put(error)
 

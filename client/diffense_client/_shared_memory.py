@@ -114,6 +114,11 @@ def _no_room(byte_size: int, error: OSError) -> OptionError:
     )
 
 
+def is_forgotten(error: ClientError) -> bool:
+    """Whether a server refused a request because it does not know its region: one that was started again knows none."""
+    return "unable to find shared memory region" in str(error).lower()
+
+
 def explain_refusal(error: ClientError) -> OptionError:
     """Say what a server's refusal to map a region means."""
     return OptionError(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from diffense_client._core import Answer, Request
+from diffense_client._failures import Deadline
 
 
 class Transport(Protocol):
@@ -36,7 +37,7 @@ class Transport(Protocol):
 class Parts(Protocol):
     """The parts of one streamed answer."""
 
-    async def read(self, timeout_s: float) -> Answer:
+    async def read(self, deadline: Deadline) -> Answer:
         """Return the next part; errors as those of a transport."""
         ...
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from diffense import names
 from diffense.errors import OptionError
 from diffense.images import Images
 from diffense_client._client import GuardClient
@@ -24,7 +25,7 @@ class ScanRow:
     Attributes:
         index: its place among the readable images.
         path: its name in the source.
-        label: the class that the target predicts.
+        label: the class that the target predicts; -1 where a gateway withheld its outputs.
         score: higher = more suspicious; -1 where not scored.
         p_value: lower = more suspicious; -1 where not scored.
         flagged: 0 passed, 1 flagged, 2 not scored.
@@ -53,13 +54,24 @@ def scan_images(client: GuardClient, images: Images, batch_size: int | None = No
     size = batch_size or served.max_batch_size
     for start in range(0, len(images.pixels), size):
         prediction = client.infer(images.pixels[start : start + size], [served.logits])
-        logits = prediction.outputs[served.logits]
-        labels = logits.reshape(len(logits), -1).argmax(axis=1)  # some classifiers give (N, C, 1, 1)
+        logits = prediction.outputs[served.logits].reshape(len(prediction.flagged), -1)  # some classifiers give (N, C, 1, 1)
+        withheld = (prediction.flagged == names.FLAGGED_YES) & (logits == logits[:, :1]).all(axis=1)
+        labels = np.where(withheld, -1, logits.argmax(axis=1))
         verdicts = zip(labels, prediction.score, prediction.p_value, prediction.flagged, strict=True)
         yield [
             ScanRow(index, images.names[index], int(label), _widen(score), _widen(p_value), int(flagged))
             for index, (label, score, p_value, flagged) in enumerate(verdicts, start)
         ]
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a place where no file can be written, before anything is sent.
+
+    Raises:
+        OptionError: its folder is not there or takes no files.
+    """
+    if not os.access(file.parent, os.W_OK | os.X_OK) or file.is_dir():
+        raise OptionError(f"cannot write {file}; give a file in a folder that is there and can be written to")
 
 
 def write_csv(rows: Sequence[ScanRow], file: Path) -> None:

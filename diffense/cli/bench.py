@@ -59,13 +59,13 @@ def command(
     try:
         from diffense.bench.comparison import choose_tool, compare_models, list_scenarios, name_production, read_models
         from diffense.bench.perf_analyzer import INSTALL, find_perf_analyzer
-        from diffense_client._failures import split_url
+        from diffense_client._failures import choose_protocol, split_url
     except ModuleNotFoundError as error:
         raise OptionError(f"{error.name} is missing; pip install 'diffense[client]'") from error
     from diffense.bench.results import write_comparisons
 
-    scheme, host, port = split_url(url)
-    chosen = (protocol.value if protocol else None) or scheme or "grpc"
+    chosen = choose_protocol(url, protocol.value if protocol else None)
+    _, host, port = split_url(url)
     address, production = f"{host}:{port}", beside or name_production(model)
     if tool is Tool.builtin and perf_analyzer is not None:
         raise OptionError("--tool builtin and --perf-analyzer name two tools; leave one out")
@@ -75,7 +75,7 @@ def command(
     shared = {"off": [False], "on": [True], "both": [False, True]}[shared_memory.value]
     scenarios = list(
         list_scenarios(
-            "http" if chosen == "http" else "grpc",
+            chosen,
             parse_counts("--batch", batch),
             parse_counts("--concurrency", concurrency),
             shared,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from diffense.cli.notes import note_skipped
+from diffense.signals import interrupt_on_signals
 
 
 class Placement(StrEnum):
@@ -96,6 +97,7 @@ def command(
     from diffense.serving.settings import GatewayOptions
     from diffense_export.repository import export_guard
 
+    interrupt_on_signals()
     progress = Console(stderr=True)
     loaded = Guard.load(guard, target)
     preprocessing = loaded.preprocessing

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from diffense.signals import interrupt_on_signals
+
 
 class Precision(StrEnum):
     """Of the layers; whitening and scoring are float32 in both."""
@@ -38,6 +40,7 @@ def command(
     from diffense_export.plans import build_plans
     from diffense_export.repository import read_export
 
+    interrupt_on_signals()
     read_export(repository, model)
     home = repository.resolve()
     engine = open_engine(timing_cache or home.with_name(f"{home.name}.timing"), repository, model)

@@ -53,14 +53,17 @@ def command(
     """
     try:
         from diffense_client import GuardClient
-        from diffense_client._failures import split_url
-        from diffense_client.scan import scan_images, write_csv, write_parquet
+        from diffense_client._failures import choose_protocol
+        from diffense_client.scan import check_writable, scan_images, write_csv, write_parquet
     except ModuleNotFoundError as error:
         raise OptionError(f"{error.name} is missing; pip install 'diffense[client]'") from error
     from diffense.images import load_images
 
+    for file in (csv, parquet):
+        if file is not None:
+            check_writable(file)
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
-    chosen = (protocol.value if protocol else None) or split_url(url)[0] or "grpc"
+    chosen = choose_protocol(url, protocol.value if protocol else None)
     rows: list[ScanRow] = []
     with GuardClient(url, model, chosen, timeout_s=timeout, batch_size=batch_size) as client:
         wanted = client.describe().preprocessing

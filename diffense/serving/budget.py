@@ -39,6 +39,7 @@ class Budget:
         self.seconds, self.clock = seconds, clock
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="diffense")
         self._lock = threading.Lock()
+        self._free = threading.Semaphore(WORKERS)
         self._strikes, self._rest_until = 0, 0.0
 
     def run(self, work: Callable[[float], T], seconds: float = math.inf) -> T:
@@ -56,11 +57,15 @@ class Budget:
             if self._strikes >= STRIKES and self.clock() < self._rest_until:
                 raise OverBudgetError("resting")
         limit = min(seconds, self.seconds)
-        future = self._pool.submit(work, self.clock() + limit)
+        deadline, end = self.clock() + limit, time.monotonic() + limit
         try:
-            result = future.result(timeout=limit)
+            # Waits here and not in the pool's queue, which would hold its images for as long as others hang.
+            if not self._free.acquire(timeout=limit):
+                raise TimeoutError
+            future = self._pool.submit(work, deadline)
+            future.add_done_callback(lambda done: self._free.release())
+            result = future.result(timeout=end - time.monotonic())
         except (TimeoutError, CancelledError):
-            future.cancel()
             if limit == self.seconds:  # one client's short patience must not switch the guard off for the others
                 self._strike()
             raise OverBudgetError("budget") from None

@@ -39,6 +39,7 @@ def call_model(
     outputs: Sequence[str],
     timeout_us: int = 0,
     trace: Any = None,
+    request_id: str = "",
 ) -> list[NDArray[Any]]:
     """Call another model of this server and check its answer; no other line of Diffense makes such a call.
 
@@ -50,6 +51,7 @@ def call_model(
         timeout_us: microseconds that the called model may use, 0 for no limit; the guard keeps to it, ONNX models do not.
         trace: of the request that the call is made for, so that the server's tracing shows the one under the other; only
             where that request is answered after the call has ended, since its trace ends with it.
+        request_id: of the call.
 
     Returns:
         The wanted outputs, in order.
@@ -61,6 +63,7 @@ def call_model(
     traced = {} if trace is None else {"trace": trace}
     request = backend.InferenceRequest(
         model_name=model,
+        request_id=request_id,
         requested_output_names=list(outputs),
         inputs=tensors,
         timeout=timeout_us,
@@ -87,12 +90,14 @@ def read_inputs(request: Any, wanted: Sequence[str]) -> Arrays:
     """Read the inputs of a request.
 
     Raises:
-        RefusedError: one is missing.
+        RefusedError: one is missing, or holds no image.
     """
     arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     missing = [name for name in wanted if name not in arrays]
     if missing:
         raise RefusedError("INVALID_ARG", f"input {', '.join(missing)} is missing")
+    if not all(len(arrays[name]) for name in wanted):
+        raise RefusedError("INVALID_ARG", "the request holds no image")
     return arrays
 
 
@@ -107,6 +112,14 @@ def refuse(backend: Any, error: RefusedError) -> Any:
     """Make an error response; each response has an error object of its own, a shared one reaches clients garbled."""
     code = getattr(backend.TritonError, error.code)
     return backend.InferenceResponse(error=backend.TritonError(error.message, code))
+
+
+def explain_refusal(backend: Any, error: Exception) -> RefusedError:
+    """The refusal itself; of any other error, which must not reach the server, one that tells the client nothing of it."""
+    if isinstance(error, RefusedError):
+        return error
+    backend.Logger.log_error(f"cannot read a request: {error!r}")
+    return RefusedError("INTERNAL", "the request cannot be read; the server's log says why")
 
 
 def read_parameters(model_config: str) -> dict[str, str]:

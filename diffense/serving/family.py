@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense import names
-from diffense.health import REQUEST_ID
 from diffense.serving.budget import Budget, OverBudgetError
 from diffense.serving.calls import Arrays, CallError, RefusedError, call_model, find_row_errors, has_numbers, split_rows
 from diffense.serving.meter import Meter
@@ -81,6 +80,7 @@ class Family:
         found: Arrays | None,
         sizes: Sequence[int],
         seconds: float,
+        request_id: str = "",
     ) -> list[Verdict]:
         """Ask for the latents, where they are missing, and for the verdicts, within a budget.
 
@@ -91,6 +91,7 @@ class Family:
             found: in these images, None where production gave nothing but its outputs.
             sizes: images of each request.
             seconds: that the clients still wait, a limit below the budget; a verdict that is there already goes out anyway.
+            request_id: of the one request that these are the images of; none of several.
 
         Raises:
             OverBudgetError: there is no verdict; its reason is a word for the metrics.
@@ -103,7 +104,7 @@ class Family:
                 raise OverBudgetError("budget")
             if self.wiring.direct:
                 return self.read_verdicts(known, sizes)
-            return self.ask_guard(outputs, known, sizes, timeout_us=max(1, int(left * 1e6)))
+            return self.ask_guard(outputs, known, sizes, max(1, int(left * 1e6)), request_id)
 
         try:
             if found is not None and self.wiring.direct:
@@ -144,12 +145,14 @@ class Family:
             logits = outputs[self.wiring.logits]
             labels = split_rows(logits.reshape(len(logits), -1).argmax(axis=1), sizes)
             for request, own, verdict in zip(requests, labels, verdicts, strict=True):
-                if isinstance(verdict, VerdictRows) and request.request_id() != REQUEST_ID:
-                    self.meter.count(verdict, own)
+                if isinstance(verdict, VerdictRows):
+                    self.meter.count(verdict, own, request.request_id())
         except Exception as error:  # the answers go out, counted or not
             self.backend.Logger.log_error(f"verdicts were not counted: {error!r}")
 
-    def ask_guard(self, outputs: Arrays, found: Arrays, sizes: Sequence[int], timeout_us: int = 0) -> list[Verdict]:
+    def ask_guard(
+        self, outputs: Arrays, found: Arrays, sizes: Sequence[int], timeout_us: int, request_id: str
+    ) -> list[Verdict]:
         """Judge stacked requests with one call; one that holds an unusable image is refused and not handed on.
 
         Args:
@@ -157,6 +160,7 @@ class Family:
             found: in these images.
             sizes: rows of each request, N together.
             timeout_us: microseconds that the guard may use, 0 for no limit.
+            request_id: of the call.
 
         Returns:
             One verdict a request.
@@ -179,7 +183,9 @@ class Family:
             pieces = split_rows(outputs[name], sizes)
             stacked[raw] = np.concatenate([pieces[place] for place in good])
         stacked[self.wiring.judged] = np.concatenate([rows[place] for place in good])
-        columns = call_model(self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us=timeout_us)
+        columns = call_model(
+            self.backend, self.wiring.guard_model, stacked, names.VERDICT_TENSORS, timeout_us, request_id=request_id
+        )
         scores, p_values, flagged = (column.reshape(-1) for column in columns)
         reasons = ["guard" if value == names.UNSCORED else "" for value in flagged]
         answers = VerdictRows(scores, p_values, flagged, reasons).split([len(rows[place]) for place in good])

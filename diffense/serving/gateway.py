@@ -4,21 +4,26 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffense import names
-from diffense.health import REQUEST_ID
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs, refuse, respond, split_rows
+from diffense.serving.calls import Arrays, CallError, RefusedError, explain_refusal, read_inputs, refuse, respond, split_rows
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.policy import replace_outputs
 from diffense.serving.settings import GatewayOptions, Wiring
 from diffense.serving.turn import Turn
 from diffense.serving.verdicts import VerdictRows
+
+# Of a missing verdict, where the gateway is closed: who repeats the request gets one for the last three alone.
+CODES: Final = {
+    "score": "INVALID_ARG", "logits": "INVALID_ARG",
+    "budget": "UNAVAILABLE", "resting": "UNAVAILABLE", "timeout": "UNAVAILABLE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class GatewayService:
             try:
                 job = self._open(place, request)
                 stacks.setdefault(job.images.shape[1:], []).append(job)
-            except RefusedError as error:
-                responses[place] = refuse(self.backend, error)
+            except Exception as error:  # a raised error would end all requests of the batch
+                responses[place] = refuse(self.backend, explain_refusal(self.backend, error))
         for jobs in stacks.values():
             with self.turn:
                 answers = self._answer_stack(jobs)
@@ -109,14 +114,13 @@ class GatewayService:
         sizes = [len(job.images) for job in jobs]
         left = max(job.deadline for job in jobs) - self.clock()
         try:
-            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
+            own = jobs[0].request.request_id() if len(jobs) == 1 else ""
+            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left, own)
             self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
             return verdicts
         except OverBudgetError as error:
             reason = error.reason
-        for job in jobs:
-            if job.request.request_id() != REQUEST_ID:
-                self.meter.count_unscored(reason, len(job.images))
+        self.meter.count_unscored(reason, sum(sizes))
         return [VerdictRows.make_unscored(size, reason) for size in sizes]
 
     def _close(self, job: Job, outputs: Arrays, verdict: Verdict) -> Any:
@@ -137,7 +141,8 @@ class GatewayService:
     def _check_policy(self, verdict: VerdictRows) -> None:
         if self.options.closed and (verdict.flagged == names.UNSCORED).any():
             reason = next(reason for reason in verdict.reasons if reason)
-            raise RefusedError("UNAVAILABLE", f"the guard gave no verdict ({reason}), and this gateway is closed then")
+            said = f"the guard gave no verdict ({reason}), and this gateway is closed then"
+            raise RefusedError(CODES.get(reason, "INTERNAL"), said)
         rows = np.flatnonzero(verdict.flagged == names.FLAGGED_YES)
         if self.options.policy == "reject" and len(rows):
             shown = ", ".join(map(str, rows.tolist()))

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense import names
-from diffense.health import REQUEST_ID
 from diffense.scorer import Scorer
 from diffense.serving.calls import (
     Arrays,
     CallError,
     RefusedError,
     call_model,
+    explain_refusal,
     find_row_errors,
     has_numbers,
     read_inputs,
@@ -69,8 +69,8 @@ class GuardService:
         for place, request in enumerate(requests):
             try:
                 jobs.append(self._open(place, request, started))
-            except RefusedError as error:
-                responses[place] = self._refuse(request, error)
+            except Exception as error:  # a raised error would end all requests of the batch
+                responses[place] = self._refuse(explain_refusal(self.backend, error))
         if jobs:
             verdicts = self._score(jobs).split([len(job.latents) for job in jobs])
             self.meter.observe_time(self.clock() - started)
@@ -141,13 +141,11 @@ class GuardService:
 
     def _close(self, job: Job, verdicts: VerdictRows) -> Any:
         if job.request.is_cancelled():
-            return self._refuse(job.request, RefusedError("CANCELLED", "the request was cancelled"))
-        if job.request.request_id() != REQUEST_ID:
-            self.meter.count(verdicts, job.logits.argmax(axis=1))
+            return self._refuse(RefusedError("CANCELLED", "the request was cancelled"))
+        self.meter.count(verdicts, job.logits.argmax(axis=1), job.request.request_id())
         passed_on = {output: job.inputs[raw] for raw, output in self._raw.items()}
         return respond(self.backend, job.request, {**passed_on, **verdicts.to_tensors()})
 
-    def _refuse(self, request: Any, error: RefusedError) -> Any:
-        if request.request_id() != REQUEST_ID:
-            self.meter.count_unscored(error.code.lower(), 1)
+    def _refuse(self, error: RefusedError) -> Any:
+        self.meter.count_unscored(error.code.lower(), 1)
         return refuse(self.backend, error)

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense import metrics, names
+from diffense.health import REQUEST_ID
 from diffense.serving.verdicts import VerdictRows
 
 LABEL_SERIES: Final = 100  # classes with series of their own, per process; a thousand classes would swamp Prometheus
 OTHER_LABEL: Final = "other"
+HEALTH_LABEL: Final = "health"
 EVERY_S: Final = 0.25  # of served models; Prometheus asks every few seconds
 
 Series = tuple[metrics.Metric, str]
@@ -50,13 +52,16 @@ class Meter:
             self._thread = threading.Thread(target=self._send_often, args=(every_s,), daemon=True)
             self._thread.start()
 
-    def count(self, verdicts: VerdictRows, labels: NDArray[np.int64]) -> None:
-        """Count the verdicts of one request; ``labels`` (N,) are the predicted classes."""
+    def count(self, verdicts: VerdictRows, labels: NDArray[np.int64], request_id: str = "") -> None:
+        """Count the verdicts of one request; ``labels`` (N,) are the predicted classes.
+
+        What bears the health check's id is counted under a label of its own, and not left out: anybody can send it.
+        """
         with self._lock:
             for label, score, flagged in zip(labels.tolist(), verdicts.scores, verdicts.flagged, strict=True):
                 if flagged == names.UNSCORED:
                     continue
-                name = self._name_class(label)
+                name = HEALTH_LABEL if request_id == REQUEST_ID else self._name_class(label)
                 self._totals[metrics.SCORED, name] += 1
                 self._observed.append(((metrics.SCORE, name), float(score)))
                 if flagged == names.FLAGGED_YES:

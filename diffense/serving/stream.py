@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import Arrays, CallError, RefusedError, read_inputs, refuse, respond, split_rows
+from diffense.serving.calls import Arrays, CallError, RefusedError, explain_refusal, read_inputs, refuse, respond, split_rows
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.settings import Wiring
@@ -72,8 +72,8 @@ class StreamService:
             try:
                 job = self._open(request, sender)
                 stacks.setdefault(job.images.shape[1:], []).append(job)
-            except RefusedError as error:
-                self._close(sender, refuse(self.backend, error))
+            except Exception as error:  # a raised error would leave all requests of the batch without an answer
+                self._close(sender, refuse(self.backend, explain_refusal(self.backend, error)))
         for jobs in stacks.values():
             self._answer_stack(jobs)
 
@@ -132,7 +132,8 @@ class StreamService:
             return [RefusedError("CANCELLED", "the request was cancelled") for _ in jobs]
         left = max(job.deadline for job in jobs) - self.clock()
         try:
-            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left)
+            own = jobs[0].request.request_id() if len(jobs) == 1 else ""
+            verdicts = self.family.judge(self.budget, images, outputs, found, sizes, left, own)
             self.family.count([job.request for job in jobs], outputs, sizes, verdicts)
             return verdicts
         except OverBudgetError as error:

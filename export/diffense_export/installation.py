@@ -6,14 +6,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
+from diffense import names
 from diffense.errors import ExportError
 from diffense_export.configs import read_family
+
+FRONTS: Final = (names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX, names.STREAM_SUFFIX)  # what clients ask
+STAGE_PREFIX: Final = ".diffense-stage-"
 
 
 @contextlib.contextmanager
 def open_stage(repository: Path) -> Iterator[Path]:
-    """Make an empty folder on the repository's own file system, gone afterwards.
+    """Make an empty folder, gone afterwards: beside the repository where that is on its file system, else a temporary one.
+
+    Never inside: a server takes every folder there for a model, and does not start where one is none.
 
     Raises:
         ExportError: nothing can be written there.
@@ -21,10 +28,8 @@ def open_stage(repository: Path) -> Iterator[Path]:
     try:
         repository.mkdir(parents=True, exist_ok=True)
         home = repository.resolve()
-        # Beside the repository, since a server takes every folder inside it for a model.
-        parent = home.parent
-        beside = parent.stat().st_dev == home.stat().st_dev and os.access(parent, os.W_OK)
-        stage = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=parent if beside else home))
+        beside = _is_on_one_device(home, home.parent) and os.access(home.parent, os.W_OK)
+        stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=home.parent if beside else None))
     except OSError as error:
         raise ExportError(f"cannot write to {repository}: {error.strerror}") from None
     try:
@@ -56,25 +61,49 @@ def check_free(repository: Path, family: str, models: Sequence[str]) -> None:
 def install_models(stage: Path, repository: Path, models: Sequence[str], stale: Sequence[str]) -> None:
     """Move models from the stage into the repository, in order, and take stale ones away.
 
+    The old fronts go first and the new ones come last: whatever ends the process, no front is left that asks models of two
+    exports.
+
     Raises:
         ExportError: a folder could not be moved; what stood there before stands there again, or the message says where it lies.
     """
+    if _is_on_one_device(stage, repository):
+        _move_models(stage, repository, models, stale)
+        return
+    inside: Path | None = None
+    try:
+        inside = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=repository))
+        for model in models:
+            shutil.copytree(stage / model, inside / model)
+        _move_models(inside, repository, models, stale)
+    except OSError as error:
+        raise ExportError(f"cannot write to {repository}: {error.strerror}") from None
+    finally:
+        if inside is not None:
+            shutil.rmtree(inside, ignore_errors=True)
+
+
+def _move_models(stage: Path, repository: Path, models: Sequence[str], stale: Sequence[str]) -> None:
     # Beside the stage and not inside: whatever ends the installation, and however, nobody clears what it still holds.
     attic = stage.with_name(f"{stage.name}-replaced")
     staged = _list_names(stage)
+    fronts = [model for model in (*stale, *models) if not _is_behind(model)]
     try:
         attic.mkdir()
-        for model in (*models, *stale):
+        for model in (*reversed(fronts), *models, *stale):
             if (repository / model).exists():
                 (repository / model).rename(attic / model)
-            if model in models:
+            if model in models and model not in fronts:
+                (stage / model).rename(repository / model)
+        for model in models:
+            if model in fronts:
                 (stage / model).rename(repository / model)
     except BaseException as error:
         try:
             # By what lies where, since an interrupt may come between a move and a note of it.
-            for model in staged - _list_names(stage):
+            for model in sorted(staged - _list_names(stage), key=_is_behind):
                 (repository / model).rename(stage / model)
-            for model in _list_names(attic):
+            for model in sorted(_list_names(attic), key=_is_behind, reverse=True):
                 (attic / model).rename(repository / model)
         except BaseException as failure:
             raise ExportError(
@@ -87,6 +116,15 @@ def install_models(stage: Path, repository: Path, models: Sequence[str], stale: 
             raise ExportError(f"cannot write to {repository}: {error.strerror}; it is as it was before") from None
         raise
     shutil.rmtree(attic, ignore_errors=True)
+
+
+def _is_behind(model: str) -> bool:
+    """Whether a model works behind the fronts, which are put first where models are sorted by this."""
+    return not model.endswith(FRONTS)
+
+
+def _is_on_one_device(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def _list_names(folder: Path) -> set[str]:

@@ -19,7 +19,7 @@ from diffense_export.configs import CONFIG_FILE, USUAL_SHARE, format_config, par
 from diffense_export.engine import Engine, Shapes
 from diffense_export.family import MODEL_FILE, VERSION
 from diffense_export.half import convert_half
-from diffense_export.installation import install_models, open_stage
+from diffense_export.installation import check_free, install_models, open_stage
 from diffense_export.parity import draw_smooth_noise
 from diffense_export.repository import read_export
 
@@ -92,12 +92,15 @@ def build_plans(
         cuda_graphs: let the server capture CUDA graphs of the small batches.
 
     Raises:
-        ExportError: there is no such export, or a graph or one of its types is not for TensorRT.
+        ExportError: there is no such export, `production` is asked for of one that left it alone, or a graph or one of
+            its types is not for TensorRT.
         ParityError: a plan differs too much from its graph.
     """
     export = read_export(repository, model)
     guarded = model + names.GUARDED_SUFFIX
     configs = {name: parse_config(repository / name / CONFIG_FILE) for name in export.models}
+    if production and model not in configs:
+        raise ExportError(f"{model} was exported with --no-production and is left alone; leave --production out")
     chosen = [name for name, config in configs.items() if config.backend in ("onnxruntime", "tensorrt")]
     is_plan = model in configs and configs[model].backend == "tensorrt"  # of an earlier build, which this one replaces
     chosen = [name for name in chosen if name != model or production or is_plan]
@@ -130,6 +133,7 @@ def build_plans(
         )
         shutil.copytree(repository / guarded, stage / guarded)
         (stage / guarded / PLANS_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        check_free(repository, model, [*chosen, guarded])  # now, since building takes its time
         install_models(stage, repository, [*chosen, guarded], [])
     return manifest
 

@@ -160,6 +160,7 @@ def export_guard(
         (stage / (model + names.GUARDED_SUFFIX) / EXPORT_FILE).write_text(text, encoding="utf-8")
         stale = _list_stale(list_family(repository, model), builder.models, kept=() if production else (model,))
         if not dry_run:
+            check_free(repository, model, builder.models)  # again: building and comparing take their time
             install_models(stage, repository, builder.models, stale)
     return ExportReport(repository, builder.models, stale, manifest, dry_run)
 
