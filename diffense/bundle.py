@@ -25,7 +25,7 @@ def check_place(directory: Path) -> None:
     Raises:
         BundleError: as `write_bundle`.
     """
-    _make_partial(directory.absolute()).rmdir()
+    _make_partial(_resolve(directory)).rmdir()
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def write_bundle(directory: Path) -> Iterator[Path]:
     Raises:
         BundleError: something else than a bundle stands there, or the place cannot be written.
     """
-    directory = directory.absolute()
+    directory = _resolve(directory)
     partial = _make_partial(directory)
     try:
         yield partial
@@ -87,8 +87,14 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> N
     write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))
 
 
-def recalibrate(guard: Guard, images: NDArray[np.uint8], alpha: float, out: Path) -> Guard:
+def recalibrate(guard: Guard, images: NDArray[np.uint8] | None, alpha: float, out: Path) -> Guard:
     """Copy a guard to `out` (or over itself) with a new calibration and nothing refitted.
+
+    Args:
+        guard: the guard.
+        images: (N, H, W, C) clean images that it was not fitted on; None keeps its calibration, for another alpha.
+        alpha: false-alarm rate that is asked for.
+        out: folder of the new bundle.
 
     Raises:
         TooFewImagesError, OptionError, ImageError: as `calibrate_bundle`.
@@ -97,8 +103,43 @@ def recalibrate(guard: Guard, images: NDArray[np.uint8], alpha: float, out: Path
     with write_bundle(out) as folder:
         for name in (*guard.manifest.files, MANIFEST_FILE):
             shutil.copyfile(guard.directory / name, folder / name)
-        calibrate_bundle(folder, images, alpha)
+        if images is None:
+            set_alpha(folder, alpha)
+        else:
+            calibrate_bundle(folder, images, alpha)
     return Guard.load(out)
+
+
+def set_alpha(folder: Path, alpha: float) -> None:
+    """Set another threshold in the bundle in `folder`, in place, among the calibration scores that it holds.
+
+    Raises:
+        TooFewImagesError: alpha is below ``1 / (n + 1)``.
+        OptionError: alpha is not between 0 and 1.
+    """
+    guard = Guard.load(folder)
+    size = guard.manifest.calibration_size
+    check_alpha(alpha, size)
+    low, high = bound_false_alarms(size, alpha)
+    interval = (0.0 if guard.manifest.crossed else low, high)
+    changes = {"alpha": alpha, "false_alarm_interval": interval}
+    write_scorer(folder, guard.scorer, guard.manifest.model_copy(update=changes))
+
+
+def _resolve(directory: Path) -> Path:
+    """The place itself where a link leads to it.
+
+    Raises:
+        BundleError: it is a mount point, which cannot be moved aside, or a path that onnxruntime cannot open.
+    """
+    place = directory.resolve()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{place} is no path in UTF-8, and onnxruntime opens no other; choose another place") from None
+    if place.is_mount():
+        raise BundleError(f"{place} is a mount point and cannot be replaced at one stroke; choose a folder inside it")
+    return place
 
 
 def _make_partial(directory: Path) -> Path:
@@ -114,7 +155,10 @@ def _make_partial(directory: Path) -> Path:
 
 
 def _replace(directory: Path, partial: Path) -> None:
-    """Put a bundle in the place of another; whatever stops it, one of the two stands there."""
+    """Put a bundle in the place of another; whatever is raised, one of the two stands there.
+
+    A process that is killed between the two moves leaves the old one in a sibling that ends in ``.old``.
+    """
     old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
     kept = old / directory.name
     try:

@@ -1,6 +1,7 @@
 """The defender's clean images: how many there must be, which calibrate, and what the target makes of the rest."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -54,6 +55,20 @@ class CleanSet:
 def count_independent(source: NDArray[np.int64]) -> int:
     """How many rows count as independent when a covariance is shrunk: an image and its first copy, not the further ones."""
     return min(len(source), 2 * len(np.unique(source)))
+
+
+def drop_repeats(images: NDArray[np.uint8], notify: Callable[[str], None]) -> NDArray[np.uint8]:
+    """Leave out images (N, H, W, C) that repeat an earlier one pixel by pixel.
+
+    A repeat stands on both sides of a split, or in a fold and outside it: calibration would see what was fitted on, and
+    false alarms would come several times as often as asked for.
+    """
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    first = np.unique(np.array(digests, np.str_), return_index=True)[1]
+    if len(first) < len(images):
+        notify(f"{len(images) - len(first)} of {len(images)} clean images repeat others pixel by pixel and are left out")
+        return images[np.sort(first)]
+    return images
 
 
 def count_split(images: int, alpha: float) -> int:
@@ -137,13 +152,19 @@ def collect_clean(
     seen: list[tuple[Any, Any]] = []
     rows = np.arange(len(images))
     parts = [(logits, pooled, rows)]
-    for _, source in make_copies(images, logits.argmax(axis=1), predict, generator, copies):
+    for _, kept in make_copies(images, logits.argmax(axis=1), predict, generator, copies):
         copy_logits, copy_pooled = seen[-1]
+        source = kept[find_finite([copy_logits[kept], *(tap[kept] for tap in copy_pooled)])]
         parts.append((copy_logits[source], [tap[source] for tap in copy_pooled], source))
     every, taps, sources = zip(*parts, strict=True)
     return CleanSet(
         np.concatenate(every), [np.concatenate(tap) for tap in zip(*taps, strict=True)], np.concatenate(sources), len(images)
     )
+
+
+def find_finite(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.bool_]:
+    """(N,) where all the (N, ...) arrays hold numbers."""
+    return np.asarray(np.isfinite(np.concatenate(arrays, axis=1)).all(axis=1), np.bool_)
 
 
 def _name_some(classes: NDArray[np.int64], counts: NDArray[np.int64]) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 import diffense
 from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
+from diffense.clean import drop_repeats
 from diffense.crosscalibration import FOLDS, score_crossed
 from diffense.graphs import save_graph
 from diffense.guard import Guard
@@ -64,6 +65,7 @@ def fit_guard(
     """
     settings = settings or FitSettings()
     check_place(out)
+    images = drop_repeats(images, notify)
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
     sigmas = spread_sigmas(settings.sigmas, len(chosen))
@@ -82,6 +84,8 @@ def fit_guard(
         if weights is not None:
             save_graph(build_network(weights, sigmas, latent_set.width, settings), folder / DENOISER_FILE)
         shared = compare_shared(target, folder / TAPPED_FILE, preprocessing, images)
+        if not shared[2]:
+            notify("the graph with the latents gives some clean images another label than the classifier's own file does")
         manifest = Manifest(
             schema_version=SCHEMA,
             diffense_version=diffense.__version__,

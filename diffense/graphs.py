@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -166,6 +166,7 @@ def run_batched(
     batch: int | None,
     batch_size: int = 64,
     others: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    prepare: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
 ) -> list[NDArray[Any]]:
     """Run a graph over any number of rows and join the results.
 
@@ -176,6 +177,7 @@ def run_batched(
         batch: the graph's fixed batch (the last one is filled up by repeating its last row), or None when dynamic.
         batch_size: rows of a call when the batch is dynamic.
         others: (N, ...) of the graph's other inputs, by name.
+        prepare: makes of the rows of one call what the first input takes, so that no more is held at a time.
 
     Returns:
         One (N, ...) array for each output.
@@ -185,13 +187,16 @@ def run_batched(
     """
     names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
     step = batch or batch_size
-    fed = {session.get_inputs()[0].name: array, **others}
+    first = session.get_inputs()[0].name
+    fed = {first: array, **others}
     if not len(array):  # one run tells the shapes of no rows
         fed = {name: np.zeros((1, *rows.shape[1:]), rows.dtype) for name, rows in fed.items()}
-    parts = [
-        _run_part(session, {name: rows[i : i + step] for name, rows in fed.items()}, names, batch)
-        for i in range(0, max(1, len(array)), step)
-    ]
+    parts = []
+    for i in range(0, max(1, len(array)), step):
+        part = {name: rows[i : i + step] for name, rows in fed.items()}
+        if prepare is not None:
+            part[first] = prepare(part[first])
+        parts.append(_run_part(session, part, names, batch))
     return [np.concatenate(column)[: len(array)] for column in zip(*parts, strict=True)]
 
 
@@ -264,6 +269,8 @@ def _check_external(path: Path, model: ir.Model) -> None:
         file = folder / tensor.location
         where = f"{path}: the data of tensor {tensor.name!r} is in {str(tensor.location)!r}"
         if Path(tensor.location).is_absolute() or not file.resolve().is_relative_to(folder):
+            if (path.parent / tensor.location).is_symlink():
+                raise TargetError(f"{where}, a link that leads out of the folder of the model; copy the folder with cp -rL")
             raise TargetError(f"{where}, outside the folder of the model; only files inside it are read")
         if not file.is_file():
             raise TargetError(f"{where}, which is missing; put that file into {path.parent}")

@@ -132,8 +132,9 @@ class Guard:
             ImageError: wrong dtype or shape, or the target overflows on an image.
             TargetError: a graph of the bundle names weights outside it.
         """
-        inputs = self.preprocessing.apply(images)
-        logits, latents = run_batched(self._tapped, inputs, [self.manifest.logits, LATENTS], self.manifest.batch)
+        wanted = [self.manifest.logits, LATENTS]
+        self.preprocessing.check(images)
+        logits, latents = run_batched(self._tapped, images, wanted, self.manifest.batch, prepare=self.preprocessing.apply)
         logits = logits.reshape(len(images), self.manifest.classes)
         broken = np.flatnonzero(~(np.isfinite(logits).all(axis=1) & np.isfinite(latents).all(axis=1)))
         if len(broken):

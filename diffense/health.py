@@ -47,7 +47,10 @@ def ask(address: str, method: str, path: str, body: bytes = b"", *, timeout_s: f
     Raises:
         ServeError: nobody answers there, or not in time.
     """
-    connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    try:
+        connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    except http.client.InvalidURL as error:
+        raise ServeError(f"{address} is no address: {error}; give HOST:PORT") from None
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
@@ -84,7 +87,10 @@ def check_server(address: str, timeout_s: float = 30.0) -> list[str]:
     answer = ask(address, "POST", "/v2/repository/index", b"{}", timeout_s=timeout_s)
     if answer.status != http.client.OK:
         raise ServeError(f"{address} does not list its models ({answer.status}); is this a Triton server?")
-    listed = [entry for entry in answer.read_json() if entry.get("state")]
+    try:
+        listed = [entry for entry in answer.read_json() if entry["name"] and entry.get("state")]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ServeError(f"{address} does not list its models in words that can be read; is this a Triton server?") from None
     entries = [entry for entry in listed if entry["state"] != "UNLOADING" and entry.get("reason") != "unloaded"]
     fronts = sorted(entry["name"] for entry in entries if entry["name"].endswith((names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX)))
     ready = fronts or sorted(entry["name"] for entry in entries if entry["state"] == "READY")

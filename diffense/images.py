@@ -1,6 +1,8 @@
 """Images on their way to the target: read from folders, Parquet and npz, and preprocessed as stored with the guard."""
 
 import io
+import lzma
+import os
 import struct
 import warnings
 import zipfile
@@ -17,12 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffense.errors import ImageError, OptionError
+from diffense.options import MAX_PIXELS
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS: Final = 64_000_000  # of one stored image; a photograph of 64 megapixels is 8,000 x 8,000
 PARQUET_ROWS: Final = 256  # decoded at a time
 TOO_LARGE: Final = "more than this machine's memory can hold; split it into several"
 MODES: Final = {1: "L", 3: "RGB"}
+LINKED: Final = "a link to a folder, which is not followed; copy what it holds, or give that folder itself"
 
 Row = tuple[str, int | None, Callable[[], Image.Image]]  # name, label, what reads the image
 
@@ -59,7 +62,21 @@ class Preprocessing(BaseModel):
                 raise ValueError(f"{name} has {len(values)} numbers; give one, or one for each of {self.channels} channels")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; its numbers must be above 0")
+        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1 / 255, (0.0,), (1.0,)):
+            raise ValueError("the classifier takes uint8 pixels as they are; leave scale, mean and std out")
         return self
+
+    def check(self, images: NDArray[np.uint8]) -> None:
+        """Refuse what `apply` does not take, before anything is computed.
+
+        Raises:
+            ImageError: another dtype or shape.
+        """
+        expected = (*self.size, self.channels)
+        if images.dtype != np.uint8:
+            raise ImageError(f"images are {images.dtype}; hand over pixels from 0 to 255 as uint8")
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ImageError(f"images have shape {images.shape}; this target takes (N, {', '.join(map(str, expected))})")
 
     def apply(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn pixels into the target's input.
@@ -73,15 +90,13 @@ class Preprocessing(BaseModel):
         Raises:
             ImageError: another dtype or shape.
         """
-        expected = (*self.size, self.channels)
-        if images.dtype != np.uint8:
-            raise ImageError(f"images are {images.dtype}; hand over pixels from 0 to 255 as uint8")
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ImageError(f"images have shape {images.shape}; this target takes (N, {', '.join(map(str, expected))})")
+        self.check(images)
         values: NDArray[Any] = images
         if self.dtype == "float32":
-            values = images.astype(np.float32) * np.float32(self.scale)
-            values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+            values = images.astype(np.float32)
+            values *= np.float32(self.scale)
+            values -= np.asarray(self.mean, np.float32)
+            values /= np.asarray(self.std, np.float32)
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2) if self.layout == "NCHW" else values)
 
 
@@ -200,15 +215,23 @@ def _simplify(image: Image.Image) -> Image.Image:
 
 
 def _list_folder(folder: Path) -> Iterator[Row]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+    files, passed = [], {}
+    for place, folders, names in os.walk(folder, onerror=lambda error: passed.update({Path(error.filename): error.strerror})):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        passed.update({Path(place, name): LINKED for name in folders if Path(place, name).is_symlink()})
+        files += [Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file()]
     classes = sorted({file.parent.name for file in files if file.parent.parent == folder})
-    for file in files:
+    for file in sorted((*files, *passed)):
+        name = str(file.relative_to(folder))
+        if file in passed:
+            yield name, None, partial(_refuse, passed[file] or "cannot be opened")
+            continue
         label = classes.index(file.parent.name) if file.parent.parent == folder else None
-        yield str(file.relative_to(folder)), label, partial(read_image, file)
+        yield name, label, partial(read_image, file)
+
+
+def _refuse(reason: str) -> Image.Image:
+    raise ImageError(reason)
 
 
 def _list_npz(source: Path) -> Iterator[Row]:
@@ -219,7 +242,7 @@ def _list_npz(source: Path) -> Iterator[Row]:
         raise ImageError(f"{source}: no array 'x'; store the images as x, (N, H, W, C) uint8") from error
     except MemoryError as error:
         raise ImageError(f"{source}: {TOO_LARGE}") from error
-    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, TypeError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise ImageError(f"{source}: not a readable .npz file of plain arrays ({error})") from error
     if pixels.ndim == 3:
         pixels = pixels[..., None]
@@ -229,6 +252,8 @@ def _list_npz(source: Path) -> Iterator[Row]:
         )
     if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu"):
         raise ImageError(f"{source}: y is {labels.dtype} {labels.shape}; it must hold one integer for each image")
+    if labels is not None and len(labels) and labels.max() > np.iinfo(np.int64).max:
+        raise ImageError(f"{source}: y holds {labels.max()}, which is no label")
     for i, image in enumerate(pixels):
         label = int(labels[i]) if labels is not None else None
         yield f"{source.name}#{i}", label, partial(Image.fromarray, image.squeeze(2) if image.shape[2] == 1 else image)
@@ -254,7 +279,7 @@ def _list_parquet(source: Path) -> Iterator[Row]:
                     row += 1
     except MemoryError as error:
         raise ImageError(f"{source}: {TOO_LARGE}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise ImageError(f"{source}: not a readable Parquet table ({error})") from error
 
 

@@ -9,7 +9,7 @@ from typing import Final
 LATENTS: Final = "diffense_latents"  # (N, D) float32, output of features and tapped graphs
 NOISED: Final = "noised"  # (N, M, W) float32, denoiser input: noised innovations
 SIGMA: Final = "sigma"  # (N, M, K) float32, denoiser input: noise level of each row and tap
-GUIDE: Final = "guide"  # (N, G) float32, denoiser input: label one-hot or projected logits
+GUIDE: Final = "guide"  # (N, G) float32, denoiser input: one-hot label or projected logits, and doubt
 SAMPLE: Final = "sample"  # (N, M, W) float32, denoiser output
 LOGITS: Final = "diffense_logits"  # (N, C) float32, scorer input
 RAW_LOGITS: Final = "diffense_raw_logits"  # as the target gives them, input of a features graph, which runs after the target

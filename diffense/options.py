@@ -1,20 +1,26 @@
 """Texts of the command line -> values; a wrong one names its option."""
 
 import math
+from typing import Final
 
 from diffense.errors import OptionError
+
+MAX_PIXELS: Final = 64_000_000  # of one image; a photograph of 64 megapixels is 8,000 x 8,000
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """``"224x224"`` or ``"224"`` -> (height, width).
 
     Raises:
-        OptionError: not one or two positive whole numbers.
+        OptionError: not one or two positive whole numbers, or more pixels than an image may have.
     """
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise OptionError(f"--size is {text!r}, it must be HEIGHTxWIDTH, for example 224x224")
-    return int(parts[0]), int(parts[-1])
+    height, width = int(parts[0]), int(parts[-1])
+    if height * width > MAX_PIXELS:
+        raise OptionError(f"--size is {text!r}, more than {MAX_PIXELS} pixels")
+    return height, width
 
 
 def parse_floats(option: str, text: str | None) -> tuple[float, ...] | None:

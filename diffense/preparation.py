@@ -14,6 +14,7 @@ from diffense.clean import (
     collect_clean,
     count_calibration,
     decide_guide,
+    find_finite,
     split_rows,
 )
 from diffense.errors import ImageError
@@ -87,15 +88,19 @@ def prepare_clean(
     generator = np.random.default_rng(seed)
     run = open_pooling(target, taps, preprocessing, grid)
     logits, pooled = run(images)
-    broken = np.flatnonzero(~np.isfinite(np.concatenate([logits, *pooled], axis=1)).all(axis=1))
+    broken = np.flatnonzero(~find_finite([logits, *pooled]))
+    if len(broken) == len(images):
+        raise ImageError("the target gives no numbers on any clean image; check its file, and --scale, --mean and --std")
     if len(broken):
         raise ImageError(f"image {broken[0]} makes the target's features overflow; check --scale, --mean and --std")
+    if all((features == features[0]).all() for features in pooled):
+        raise ImageError("the target's features are the same on all clean images; check its file, --scale, --mean and --std")
     labels = logits.argmax(axis=1)
-    kind = decide_guide(labels, target.classes, guide, notify)
     if calibration_size == len(images):
         fit_rows = calibration_rows = np.arange(len(images))
     else:
         fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
+    kind = decide_guide(labels[fit_rows], target.classes, guide, notify)
     fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
     clean = collect_clean(*fitted, run, generator, FEW_COPIES if len(images) < FEW_IMAGES else 1)
     whitenings, latents = whiten(clean, kind, target.probabilities)

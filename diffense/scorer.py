@@ -91,6 +91,8 @@ class Scorer:
 
     def measure(self, logits: NDArray[Any], latents: NDArray[Any], denoise: Denoise | None) -> NDArray[np.float64]:
         """(N, C) logits and (N, W) latents -> (N, E) log distances."""
+        if self.needs_denoiser and denoise is None:
+            raise ValueError("this guard has a network and scores with its denoiser; hand it over")
         flat = np.asarray(logits, np.float64).reshape(len(logits), self.classes)
         step = in_float32(denoise) if self.needs_denoiser and denoise is not None else None
         result = measure(self.formula, flat, np.asarray(latents, np.float64), one_hot(flat), step, np)

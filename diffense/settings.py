@@ -49,7 +49,7 @@ class FitSettings:
         rules = (
             ("network", self.network in ("auto", "on", "off"), "auto, on or off"),
             ("guide", self.guide in ("auto", "label", "logits"), "auto, label or logits"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**63, "0 or more and below 2**63"),
             ("chain_sigma", 0 < self.chain_sigma < math.inf, "a number above 0"),
             ("steps", self.steps >= 1, "1 or more"),
             ("draws", self.draws >= 2 and self.draws % 2 == 0, "2 or more and even"),

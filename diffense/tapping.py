@@ -28,7 +28,8 @@ def open_pooling(target: Target, taps: Sequence[Tap], preprocessing: Preprocessi
     session = open_session(model)
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-        logits, *features = run_batched(session, preprocessing.apply(images), names, target.batch)
+        preprocessing.check(images)
+        logits, *features = run_batched(session, images, names, target.batch, prepare=preprocessing.apply)
         return logits.reshape(len(images), -1).astype(np.float64), [f.astype(np.float64) for f in features]
 
     return run
@@ -116,9 +117,9 @@ def compare_shared(
     target: Target, tapped: Path, preprocessing: Preprocessing, images: NDArray[np.uint8]
 ) -> tuple[bool, float, bool]:
     """Say whether the extra output moved the logits on the clean images: bit-identical, largest difference, same labels."""
-    inputs = preprocessing.apply(images)
     before, after = (
-        run_batched(open_session(path), inputs, [target.logits], target.batch)[0] for path in (target.path, tapped)
+        run_batched(open_session(path), images, [target.logits], target.batch, prepare=preprocessing.apply)[0]
+        for path in (target.path, tapped)
     )
-    same = bool(np.array_equal(before.reshape(len(inputs), -1).argmax(1), after.reshape(len(inputs), -1).argmax(1)))
+    same = bool(np.array_equal(before.reshape(len(images), -1).argmax(1), after.reshape(len(images), -1).argmax(1)))
     return bool(np.array_equal(before, after)), float(np.abs(before - after).max()), same

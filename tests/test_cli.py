@@ -42,6 +42,19 @@ def test_calibrate_changes_the_threshold_and_nothing_else(guard: Guard, tmp_path
     assert "199" in told and "120" in told
 
 
+def test_calibrate_keeps_the_guards_own_alpha_and_changes_it_alone_where_no_images_are_given(
+    guard: Guard, tmp_path: Path, run_cli: Run
+) -> None:
+    clean = save_npz(tmp_path / "clean.npz", np.concatenate([draw_shapes(120, seed=21)[0]] * 2))
+    own = f"alpha {guard.manifest.alpha:g}"
+    code, said, told = run_cli("calibrate", guard.directory, clean, "--out", tmp_path / "a")
+    assert code == 0 and f"120 calibration images, {own};" in said and "120 of 240 clean images repeat" in told
+    code, said, _ = run_cli("calibrate", guard.directory, "--alpha", "0.1", "--out", tmp_path / "b")
+    assert code == 0 and f"{guard.manifest.calibration_size} calibration images, alpha 0.1;" in said
+    code, _, told = run_cli("calibrate", guard.directory, "--out", tmp_path / "c")
+    assert code == 2 and "nothing to change" in told
+
+
 def test_score_tells_what_the_guard_says(guard: Guard, tmp_path: Path, run_cli: Run) -> None:
     pixels = np.concatenate([draw_shapes(6, seed=23)[0], np.random.default_rng(3).integers(0, 256, (4, 16, 16, 3), np.uint8)])
     images = save_npz(tmp_path / "suspects.npz", pixels)
@@ -166,6 +179,7 @@ def test_inspect_and_fit_take_the_layout_that_the_message_asks_for(tmp_path: Pat
         (("--sigmas", "0"), "sigmas"),
         (("--draws", "3"), "diffense: draws is 3, it must be 2 or more and even"),
         (("--label-guidance", "nan"), "label_guidance is nan"),
+        (("--size", "100000x100000"), "more than 64000000 pixels"),
         (("--size", "224"), "does not take images of 224x224"),
         (("--logits", "nothing"), "there is no output 'nothing'; the outputs are 'logits' (5, 4)"),
         (("--taps", "nothing"), "'nothing' is no tensor"),

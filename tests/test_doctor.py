@@ -66,6 +66,12 @@ def test_command_prints_a_table_or_json_with_exit_code_0() -> None:
     assert "serving is possible" in shown.stdout
 
 
+def test_extras_of_packages_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_package", lambda name: None)
+    said = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).stdout
+    assert "diffense[fit]" in said and "diffense[client]" in said
+
+
 def test_command_ends_with_1_when_serving_is_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor.Finding("Triton", None, "install it", needed=True),))
     result = CliRunner().invoke(app, ["doctor"])

@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client_server import run_http
 from diffense import health
 from diffense.backends import (
     assemble_backends,
@@ -147,6 +149,21 @@ def test_server_stops_in_order_and_leaves_nothing(tmp_path: Path) -> None:
     assert not log.exists()
     with pytest.raises(ServeError, match="not running"):
         _ = server.endpoints
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'{"a": 1}', b"[1]", b'[{"state": "READY"}]'])
+def test_a_server_that_is_no_triton_is_unhealthy_in_one_line(body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with run_http(Handler) as address, pytest.raises(ServeError, match="is this a Triton server"):
+        health.check_server(address)
+    with pytest.raises(ServeError, match="localhost:abc is no address"):
+        health.check_server("localhost:abc")
 
 
 @pytest.mark.server

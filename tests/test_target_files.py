@@ -58,7 +58,8 @@ def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -
             entry = next(entry for entry in tensor.external_data if entry.key == "location")
             entry.value = "../weights.bin" if way == "dots" else str(outside)
         path.write_bytes(model.SerializeToString())
-    with pytest.raises(TargetError, match="outside the folder"):
+    told = "a link that leads out of the folder" if way == "link" else "outside the folder"
+    with pytest.raises(TargetError, match=told):
         Target.open(path)
 
 
@@ -76,7 +77,8 @@ def test_external_data_of_a_constant_outside_the_folder_is_refused(tmp_path: Pat
     model.graph.initializer.remove(moved)
     model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [moved.name], value=held))
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(TargetError, match="outside the folder"):
+    told = "a link that leads out of the folder" if way == "link" else "outside the folder"
+    with pytest.raises(TargetError, match=told):
         Target.open(path)
 
 

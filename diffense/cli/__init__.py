@@ -51,6 +51,3 @@ def main() -> None:
         kind = type(error).__name__
         print(f"diffense: unexpected {kind}: {printable(str(error))}; {TRACEBACK_VARIABLE}=1 shows where", file=sys.stderr)
         sys.exit(ERROR_EXIT)
-    except KeyboardInterrupt:
-        print("diffense: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -7,26 +7,35 @@ import typer
 from rich.console import Console
 
 from diffense.cli.notes import note_skipped
+from diffense.errors import OptionError
 
 
 def command(
     guard: Annotated[Path, typer.Argument(help="The guard's folder.")],
-    clean: Annotated[Path, typer.Argument(help="Clean images that the guard was not fitted on.")],
-    alpha: Annotated[float, typer.Option(help="False-alarm rate you accept.")] = 0.01,
+    clean: Annotated[
+        Path | None, typer.Argument(help="Clean images that the guard was not fitted on; without them --alpha alone changes.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="False-alarm rate you accept; the guard's own by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new guard; the old one is replaced by default.")] = None,
 ) -> None:
     """Calibrate a guard anew, on other clean images or for another alpha."""
     from diffense.bundle import recalibrate
+    from diffense.clean import drop_repeats
     from diffense.guard import Guard
     from diffense.images import load_images
 
-    loaded = Guard.load(guard)
-    images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
-    note_skipped(Console(stderr=True), images)
+    if clean is None and alpha is None:
+        raise OptionError("there is nothing to change; give clean images, --alpha, or both")
+    loaded, console, pixels = Guard.load(guard), Console(stderr=True), None
+    if clean is not None:
+        images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
+        note_skipped(console, images)
+        pixels = drop_repeats(images.pixels, lambda message: console.print(message, markup=False, highlight=False))
     place = out or guard
-    renewed = recalibrate(loaded, images.pixels, alpha, place)
-    low, high = renewed.manifest.false_alarm_interval
+    renewed = recalibrate(loaded, pixels, loaded.manifest.alpha if alpha is None else alpha, place)
+    made = renewed.manifest
+    low, high = made.false_alarm_interval
     print(
-        f"{place}: guard {renewed.guard_id}, {renewed.manifest.calibration_size} calibration images, alpha {alpha:g}; "
+        f"{place}: guard {renewed.guard_id}, {made.calibration_size} calibration images, alpha {made.alpha:g}; "
         f"the false-alarm rate will lie between {low:.2%} and {high:.2%} (90 % interval)"
     )

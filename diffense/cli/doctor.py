@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def command(
@@ -25,7 +26,9 @@ def command(
             table.add_column(heading, overflow="fold")
         for finding in findings:
             mark = "[red]x[/]" if finding.blocks else "[yellow]-[/]" if finding.fix else "[green]ok[/]"
-            table.add_row(mark, finding.name, finding.value or "missing", finding.fix or "")
+            table.add_row(
+                mark, *map(Text, (finding.name, finding.value or "missing", finding.fix or ""))
+            )  # brackets are no markup
         console = Console()
         console.print(table)
         console.print("serving is possible" if possible else "[red]serving is not possible: see the lines with x[/]")
