@@ -5,7 +5,7 @@ from typing import Final
 
 from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
-from benchmarks.peer_figures import CLOSED_FORM
+from benchmarks.peer_figures import CLOSED_FORM, is_outdated
 from benchmarks.records import Row
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
@@ -58,10 +58,15 @@ def find_figure(row: Row, name: str, figure: str) -> float | None:
     return None if found is None else float(found)
 
 
+def find_current(row: Row, name: str, figure: str) -> float | None:
+    """As `find_figure`, but nothing that an older revision of the peer gave."""
+    return None if is_outdated(row, name) else find_figure(row, name, figure)
+
+
 def list_peers(rows: list[Row]) -> list[str]:
     """All peers that some row has, best mean AUROC first."""
     names = {name for row in rows for name in row["peers"]}
-    means = {name: average(find_figure(row, name, "auroc") for row in rows) for name in names}
+    means = {name: average(find_current(row, name, "auroc") for row in rows) for name in names}
     return sorted(names, key=lambda name: means[name] or 0.0, reverse=True)
 
 

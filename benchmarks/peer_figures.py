@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from benchmarks.inspection import score_inspected, take
 from benchmarks.metrics import measure_detection
-from benchmarks.peers import make_peer
+from benchmarks.peers import REVISIONS, make_peer
 from benchmarks.peers.base import Inspected, Model
 from benchmarks.precision import choose_device
+from benchmarks.records import Row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import TrainedTarget
 from diffense.errors import OptionError
@@ -23,6 +24,12 @@ FIGURES: Final = (
     "auroc", "auroc_right", "tpr_at_fpr1", "tpr_at_fpr5", "fpr_at_5", "asr_after_fpr5", "target_forwards", "score_ms",
 )  # fmt: skip
 EXPENSIVE_IMAGES: Final = 500  # clean and triggered images each on which an expensive peer is tried
+
+
+def is_outdated(row: Row, name: str) -> bool:
+    """Whether a row has figures of this peer that an older revision of it gave."""
+    peer = row["peers"].get(name)
+    return peer is not None and peer.get("revision", 0) < REVISIONS.get(name, 0)
 
 
 def note_origin() -> dict[str, str]:
@@ -77,7 +84,8 @@ def measure_peer(
         peer.fit(model, views["fit"], labels)
     except OptionError as error:
         progress(f"{name}: {error}")
-        return dict.fromkeys(FIGURES) | note_origin() | {"images": [0, 0], "reason": str(error)}
+        undefined = {"revision": REVISIONS[name], "images": [0, 0], "reason": str(error)}
+        return dict.fromkeys(FIGURES) | note_origin() | undefined
     progress(f"{name}: fitted in {time.monotonic() - begun:.1f} s")
     clean, triggered = np.arange(len(views["clean"].logits)), np.arange(len(reached))
     calibration = np.arange(len(views["calibration"].logits))
@@ -97,6 +105,7 @@ def measure_peer(
     after = None if detection.tpr_at_fpr5 is None else (1.0 - detection.tpr_at_fpr5) * float(reached.mean())
     return {
         **note_origin(),
+        "revision": REVISIONS[name],
         "auroc": detection.auroc,
         "auroc_right": detection.auroc_right,
         "tpr_at_fpr1": detection.tpr_at_fpr1,

@@ -1,27 +1,53 @@
 """The peers side by side: their figures, their cost, and what others published for them."""
 
+import inspect
 from typing import Final
 
 from benchmarks.attacks import MATRIX
 from benchmarks.datasets import SPECS
-from benchmarks.figures import average, describe_runs, find_figure, is_cell, list_peers, name_cell, show, sort_rows
+from benchmarks.figures import (
+    average,
+    describe_runs,
+    find_current,
+    find_figure,
+    is_cell,
+    list_peers,
+    name_cell,
+    show,
+    sort_rows,
+)
+from benchmarks.peer_figures import is_outdated
+from benchmarks.peers import PEERS, make_peer
 from benchmarks.peers.published import PUBLISHED
 from benchmarks.records import Row
 
 PLAIN: Final = "narrow_resnet18"
+OLD: Final = "†"  # behind what an older revision of a peer gave
+
+
+def render_legend() -> list[str]:
+    """What each peer is called and where it comes from."""
+    lines = ["| key | peer | from |", "| --- | --- | --- |"]
+    for name, make in PEERS.items():
+        source = (inspect.getdoc(make) or "").split("\n\n")[0].replace("\n", " ").replace("`ScaleUp`", "SCALE-UP")
+        lines.append(f"| `{name}` | {make_peer(name).title} | {source} |")
+    return lines
 
 
 def render_peers(rows: list[Row], figure: str) -> list[str]:
-    """Cells by peers, the guard first; then each one's mean, and the guard's on the cells that the peer has."""
+    """Cells by peers, the guard first; then each one's mean, and the guard's on the cells that the peer has.
+
+    What an older revision of a peer gave is marked and counts for nothing.
+    """
     names = list_peers(rows)
     lines = ["| cell | Diffense | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
     for row in sort_rows(rows):
-        found = [show(find_figure(row, name, figure)) for name in names]
+        found = [show(find_figure(row, name, figure)) + (OLD if is_outdated(row, name) else "") for name in names]
         lines.append(f"| {name_cell(row)} | {show(row[figure])} | " + " | ".join(found) + " |")
     own = [row[figure] for row in rows if row[figure] is not None]
     means, beside = [], []
     for name in names:
-        figures = [find_figure(row, name, figure) for row in rows]
+        figures = [find_current(row, name, figure) for row in rows]
         count = sum(f is not None for f in figures)
         means.append(show(average(figures)) + ("" if count >= len(own) else f" ({count} cells)"))
         beside.append(show(average(row[figure] for row, found in zip(rows, figures, strict=True) if found is not None)))
@@ -58,7 +84,7 @@ def render_published(rows: list[Row]) -> list[str]:
         pair = [row for row in rows if (row["dataset"], row["attack"]) == key]
         cells, plain = [row for row in pair if is_cell(row)], [row for row in pair if is_plain(row)]
         for name, published in figures.items():
-            here, there = (average(find_figure(row, name, "auroc") for row in side) for side in (cells, plain))
+            here, there = (average(find_current(row, name, "auroc") for row in side) for side in (cells, plain))
             if cells and here is not None:
                 lines.append(f"| {name_cell(cells[0])} | {name} | {published:.2f} | {here:.2f} | {show(there, '.2f')} |")
     if not lines:
@@ -102,7 +128,7 @@ def render_pairs(pairs: list[Row]) -> list[str]:
         same = [row for row in pairs if row["dataset"] == dataset]
         figures = [show(average(row["auroc"] for row in same))]
         for name in names:
-            found = [find_figure(row, name, "auroc") for row in same]
+            found = [find_current(row, name, "auroc") for row in same]
             figures.append(show(None if None in found else average(found)))
         means.append(f"| {SPECS[dataset].title} | {len(same)} | " + " | ".join(figures) + " |")
     note = (

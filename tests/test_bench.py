@@ -148,9 +148,14 @@ def test_published_figures_stand_beside_ours_of_both_kinds_of_target():
     row = {
         "dataset": "cifar10", "attack": "badnets", "target": "staged_resnet", "seed": 0, "guard_seed": 0,
         "clean_accuracy": 0.92, "asr_before": 0.99, "auroc": 0.9, "commit": "a", "machine": "m",
-        "peers": {"ted": {"auroc": 0.75}},
+        "peers": {"ted": {"auroc": 0.75, "revision": 1}},
     }  # fmt: skip
-    plain = row | {"target": "narrow_resnet18", "clean_accuracy": 0.9, "auroc": 0.8, "peers": {"ted": {"auroc": 0.65}}}
+    plain = row | {
+        "target": "narrow_resnet18",
+        "clean_accuracy": 0.9,
+        "auroc": 0.8,
+        "peers": {"ted": {"auroc": 0.65, "revision": 1}},
+    }
     assert peer_tables.render_published([row, plain])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | 0.65 |"
     assert peer_tables.render_published([row])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | – |"
     assert peer_tables.render_published([plain]) == [] == peer_tables.render_plain([row])
@@ -230,6 +235,20 @@ def test_rows_of_another_target_are_not_shown_as_seeds_of_the_cell():
     lines = tables.render_variants([few, few | {"target_sha256": "b", "clean_accuracy": 0.9192}], [make_row()])[2:]
     assert lines[0].startswith("| CIFAR-10, WaNet | 0.9200 / 0.980 | 5 | 1 | 0.9900 |")
     assert lines[1].startswith("| CIFAR-10, WaNet | 0.9192 / 0.980, another | 5 | 1 |")
+
+
+def test_what_an_older_revision_of_a_peer_gave_is_marked_counts_for_nothing_and_is_measured_again(monkeypatch):
+    old, new = {"auroc": 0.999}, {"auroc": 0.5, "revision": 1}
+    rows = [make_row(peers={"ted": old, "knn": {"auroc": 0.7}}), make_row(attack="idba", peers={"ted": new})]
+    page = peer_tables.render_peers(rows, "auroc")
+    assert page[0] == "| cell | Diffense | knn | ted |"
+    assert "| CIFAR-10, WaNet | 0.9900 | 0.7000 | 0.9990† |" in page
+    assert page[-2] == "| mean | 0.9900 | 0.7000 (1 cells) | 0.5000 (1 cells) |"
+    assert "0.96 | 1.00 |" not in "\n".join(peer_tables.render_published(rows))
+    assert "| ted (0.9990†) |" in tables.render_summary([row | {"asr_after_fpr5": 0.0, "tpr_at_fpr1": 1.0} for row in rows])
+    monkeypatch.setattr(matrix, "read_rows", lambda path: rows)
+    cells = [targets.make_cell("cifar10", attack) for attack in ("wanet", "idba")]
+    assert matrix.find_missing(cells, ["ted"]) == [(cells[0], ["ted"])]
 
 
 def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():

@@ -1,7 +1,7 @@
 """WaNet (Nguyen and Tran, ICLR 2021): one smooth warp, with noise mode; poisons are redrawn in every batch.
 
-k = 4 and s = 0.5 as in the paper at 28 and 32 pixels; at 64 pixels s = 1, so that the warp moves the same half pixel (our
-choice: the paper has no such size).
+k = 4 and s = 0.5 as in the paper at 28 and 32 pixels; at 64 pixels s = 1, so that the warp moves the same share of the side,
+.2 pixels at 32 and .4 at 64 in the mean (our choice: the paper's s is .5 at that size; not tried here).
 """
 
 import numpy as np

@@ -1,64 +1,13 @@
 """Residual networks for 32 x 32 colour images; 64 x 64 ones are brought to that size by the stem's stride."""
 
 from itertools import pairwise
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from benchmarks.networks.base import Classifier, whiten_stem
-
-
-class Block(nn.Module):
-    """Pre-activation residual block (He et al. 2016, "Identity mappings in deep residual networks")."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 or inputs != outputs else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."""
-        inner = functional.relu(self.norm1(x))
-        skip = x if self.shortcut is None else self.shortcut(inner)
-        return cast("torch.Tensor", skip + self.conv2(functional.relu(self.norm2(self.conv1(inner)))))
-
-
-class PreActResNet(Classifier):
-    """Pre-activation ResNet: whitening stem, three stages of two blocks (64, 128, 256 channels at 1/2, 1/4, 1/8 of 32 pixels).
-
-    ResNet-18's form with the first, most expensive stage left out and the stem's stride chosen so that it sees 32 x 32.
-    """
-
-    WIDTHS: Final = (64, 128, 256)
-    STEM: Final = 32
-
-    def __init__(self, channels: int, classes: int, side: int) -> None:
-        super().__init__(channels)
-        self.stem = nn.Conv2d(channels, self.STEM, 3, max(1, side // 32), 1, bias=False)
-        self.stem.weight.requires_grad_(False)
-        pairs = pairwise((self.STEM, *self.WIDTHS))
-        self.blocks = nn.ModuleList([block for a, b in pairs for block in (Block(a, b, 2), Block(b, b, 1))])
-        self.norm = nn.BatchNorm2d(self.WIDTHS[-1])
-        self.head = nn.Linear(self.WIDTHS[-1], classes)
-
-    def prepare(self, pixels: torch.Tensor) -> None:
-        """Set normalisation and the whitening stem."""
-        super().prepare(pixels)
-        whiten_stem(self.stem, (pixels - self.mean) / self.std)
-
-    def activations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Six block ends and the pooled vector; logits."""
-        x = self.stem((x - self.mean) / self.std)
-        ends = []
-        for block in self.blocks:
-            x = block(x)
-            ends.append(x)
-        pooled = functional.relu(self.norm(x)).mean((2, 3))
-        return [*ends, pooled], self.head(pooled)
 
 
 class Stage(nn.Module):

@@ -22,7 +22,7 @@ from benchmarks.peers.tedpp import TedPlusPlus
 from benchmarks.peers.vim import Vim
 from diffense.errors import OptionError
 
-__all__ = ["PEERS", "Inspected", "Model", "Peer", "make_peer"]
+__all__ = ["PEERS", "REVISIONS", "Inspected", "Model", "Peer", "make_peer"]
 
 PEERS: Final[dict[str, Callable[[], Peer]]] = {
     "strip": Strip,
@@ -48,6 +48,10 @@ PEERS: Final[dict[str, Callable[[], Peer]]] = {
     "latent_all": latent_all.make,
     "latent_all_doubt": latent_all.make_allowing,
 }
+
+
+# Raise a peer's when anything that changes its figures is changed: those of before are marked, and measured again.
+REVISIONS: Final[dict[str, int]] = dict.fromkeys(PEERS, 0) | {"ibdpsc": 1, "rmd": 1, "ted": 1, "tedpp": 1}
 
 
 def make_peer(name: str) -> Peer:

@@ -1,4 +1,4 @@
-"""All latent peers at once."""
+"""The four latent peers on the guard's taps, bands and rule at once."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from benchmarks.peers.ranks import Ranks
 
 def make() -> LatentPeer:
     """Distances, ratios, posteriors and ranks, each kind with the same weight."""
-    return LatentPeer("latent_all", "All without network", *list_families())
+    return LatentPeer("latent_all", "Four kinds of latent evidence", *list_families())
 
 
 def make_allowing() -> LatentPeer:
     """The same, doubt excused as Diffense excuses it: what chain and network have to beat."""
-    return LatentPeer("latent_all_doubt", "All without network, by doubt", *list_families(), allowing=True)
+    return LatentPeer("latent_all_doubt", "Four kinds of latent evidence, by doubt", *list_families(), allowing=True)
 
 
 def list_families() -> list[Family[Any]]:
-    """Every kind of evidence that needs no network."""
+    """The kinds of evidence of the other latent peers on the guard's taps, bands and rule; none needs a network."""
     return [DistanceFamily("strangeness"), DistanceFamily("mismatch"), Posterior(), Ranks()]

@@ -21,12 +21,12 @@ from benchmarks.peers.base import Inspected, Model
 from benchmarks.records import PEERS_COST, Row, read_rows, write_row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import make_cell
-from diffense.clean import split_rows
+from diffense.clean import count_split, split_rows
 from diffense.errors import DiffenseError
 from diffense.graphs import open_session
 from diffense.guard import Guard
 
-PEERS: Final = "strip,ibdpsc,scaleup,ted,tedpp,teco"
+PEERS: Final = "strip,ibdpsc,scaleup,ted,tedpp,teco,latent_all_doubt,meandist,mahalanobis,probe,knn"
 BATCH: Final = 8
 BATCHES: Final = 4
 ROUNDS: Final = 3
@@ -75,7 +75,7 @@ def measure_peer(found: Evaluated, guard: Guard, name: str) -> Row:
     """A rival, given the prediction and the guard's latents; its own passes are what counts."""
     defender = inspect_images(guard, found.clean.pixels)
     generator = np.random.default_rng(guard.manifest.seed)
-    rows, _ = split_rows(defender.predicted, guard.manifest.calibration_size, generator)
+    rows, _ = split_rows(defender.predicted, count_split(len(found.clean), guard.manifest.alpha), generator)
     peer, model = make_peer(name), Model(found.target.network, found.target.cell.spec.classes)
     peer.fit(model, take(defender, rows), found.clean.labels[rows])
     views = cut_batches(inspect_images(guard, found.evaluation.pixels[: BATCH * BATCHES]))
