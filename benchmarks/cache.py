@@ -1,6 +1,5 @@
 """Cache entries on disk: a folder that is complete and unchanged, or is made again."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -8,13 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from diffense.manifest import hash_file
+
 META: Final = "meta.json"
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_entry(folder: Path, recipe: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cache import hash_file
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
 from benchmarks.inspection import inspect_images, score_inspected, take
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
@@ -19,6 +18,7 @@ from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.clean import count_split, split_rows
 from diffense.fit import fit_guard
 from diffense.guard import Guard
+from diffense.manifest import hash_file
 from diffense.settings import FitSettings
 from diffense.target import Target
 
@@ -117,6 +117,8 @@ def evaluate_cell(
         "score_ms": round(score_ms, 3),
         "target_forwards": 1.0,
     }
+    if peers and guard.manifest.crossed:
+        progress("few clean images: the guard fits and calibrates on all of them, peers on three and two fifths")
     beside = {name: measure_peer(name, found.target, views, labels, right, reached, progress) for name in peers}
     if guard.manifest.network.used:
         closed = fit_cell(found, clean_per_class, guard_seed, progress, network="off")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.cache import hash_file, read_entry, write_entry
+from benchmarks.cache import read_entry, write_entry
 from benchmarks.evaluation import prepare_cell
 from benchmarks.settings import find_cache
 from benchmarks.targets import Cell, get_target
@@ -17,6 +17,7 @@ from diffense.chain import assign_folds
 from diffense.crossfit import FOLDS
 from diffense.fit import default_preprocessing
 from diffense.latent import GRID
+from diffense.manifest import hash_file
 from diffense.preparation import prepare_clean
 from diffense.settings import FitSettings
 from diffense.tapping import open_pooling, project_taps

@@ -82,6 +82,7 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> N
         "alpha": alpha,
         "calibration_size": len(images),
         "crossed": False,
+        "clean": guard.manifest.clean.model_copy(update={"calibrated": len(images)}),
         "false_alarm_interval": bound_false_alarms(len(images), alpha),
     }
     write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))

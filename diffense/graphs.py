@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from diffense.errors import TargetError
+from diffense.manifest import hash_file
 
 EXTERNAL_ABOVE: Final = 1_500_000_000  # bytes of weights; protobuf itself ends at 2 GiB
 EXTERNAL_TENSOR_BYTES: Final = 1024  # smaller tensors stay in the graph, where shape inference can read them
@@ -85,9 +86,9 @@ def hash_model(path: Path, model: ir.Model) -> str:
     """As `hash_target`, for a model that is already loaded from that path."""
     locations = sorted({str(tensor.location) for tensor in _external_tensors(model)})
     if not locations:
-        return _hash_file(path)
+        return hash_file(path)
     names = [(path, "model"), *((path.parent / location, location) for location in locations)]
-    lines = "".join(f"{_hash_file(file)}  {name}\n" for file, name in names)
+    lines = "".join(f"{hash_file(file)}  {name}\n" for file, name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -277,8 +278,3 @@ def _check_external(path: Path, model: ir.Model) -> None:
         needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if file.stat().st_size < needed:
             raise TargetError(f"{where}, which has {file.stat().st_size} bytes and needs {needed}; copy it again")
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -110,6 +110,7 @@ def test_a_guard_behind_a_link_is_changed_where_it_lies(guard, bundle, fresh, tm
     renewed = recalibrate(Guard.load(link), fresh, 0.05, link)
     assert link.is_symlink()
     assert Guard.load(bundle).guard_id == renewed.guard_id != guard.guard_id
+    assert renewed.manifest.clean.calibrated == renewed.manifest.calibration_size == len(fresh)
     with pytest.raises(BundleError, match="mount point"), write_bundle(Path("/proc")):
         pass
 
