@@ -5,7 +5,7 @@ from statistics import mean
 
 from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
-from benchmarks.figures import is_cell
+from benchmarks.figures import average, is_cell
 from benchmarks.peers import PEERS, make_peer
 from benchmarks.records import Row
 
@@ -15,7 +15,7 @@ class Duration:
     """Mean seconds of an image set's cells.
 
     Attributes:
-        cells: how many tell.
+        cells: how many tell how long their training took.
         training: of a target whose trigger is not learned on the way; the others take `Attack.stretch` times as long.
         guard: fit and evaluation.
         cheap: peers that `make matrix` runs.
@@ -35,30 +35,27 @@ class Duration:
 
 
 def measure_durations(rows: list[Row]) -> dict[str, Duration]:
-    """Mean durations of each image set that has a cell whose row tells those of all peers."""
+    """Mean durations of each image set whose rows tell them: of a training, the guard, and every peer in some row at least."""
     found = {}
     for dataset in SPECS:
-        told = [row for row in rows if is_cell(row) and row["dataset"] == dataset and tells_all(row)]
-        if told:
+        cells = [row for row in rows if is_cell(row) and row["dataset"] == dataset]
+        told = [row for row in cells if row.get("train_s") is not None]
+        peers = {name: average(find_seconds(row, name) for row in cells) for name in PEERS}
+        if told and None not in peers.values():
             found[dataset] = Duration(
                 cells=len(told),
                 training=mean(row["train_s"] / ATTACKS[row["attack"]].stretch for row in told),
                 guard=mean(row["cell_s"] for row in told),
-                cheap=mean(sum_peers(row, cheap=True) for row in told),
-                expensive=mean(sum_peers(row, cheap=False) for row in told),
+                cheap=sum(seconds or 0.0 for name, seconds in peers.items() if make_peer(name).cheap),
+                expensive=sum(seconds or 0.0 for name, seconds in peers.items() if not make_peer(name).cheap),
             )
     return found
 
 
-def tells_all(row: Row) -> bool:
-    """Whether a row tells how long its training took and each of its peers; one that is not defined there takes none."""
-    peers = [row["peers"].get(name, {}) for name in PEERS]
-    return row.get("train_s") is not None and all("took_s" in peer or "reason" in peer for peer in peers)
-
-
-def sum_peers(row: Row, cheap: bool) -> float:
-    """Seconds of a row's cheap peers, or of its others."""
-    return sum(float(row["peers"][name].get("took_s", 0.0)) for name in PEERS if make_peer(name).cheap == cheap)
+def find_seconds(row: Row, name: str) -> float | None:
+    """Seconds that a peer took in a row, where it tells; one that is not defined for its target takes none."""
+    peer = row["peers"].get(name, {})
+    return 0.0 if "reason" in peer else peer.get("took_s")
 
 
 def render_durations(rows: list[Row]) -> list[str]:

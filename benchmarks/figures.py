@@ -10,10 +10,6 @@ from benchmarks.records import Row
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
 LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
-# Commits of rows that are left from before the guard took two draws a level (docs/decisions/0028); all others have two.
-FOUR_DRAWS: Final = (
-    "0caaddc", "1b30f5f", "2165ba5", "7070524", "8b3f102", "9fa3ad1", "a41cad6", "b6940aa", "f07a700", "f76da34", "f99c974",
-)  # fmt: skip
 
 
 def sort_rows(rows: list[Row]) -> list[Row]:
@@ -85,13 +81,9 @@ def describe_runs(rows: list[Row], guard_seeds: str = "0") -> str:
 
 def describe_guards(rows: list[Row]) -> str:
     """Which guards with a network are of an older method; nothing of it touches those without."""
-    networked = [row for row in rows if row["network"]["used"]]
-    all_learned = sorted(name_cell(row) for row in networked if row["network"].get("left_out") is None)
-    four = sorted(name_cell(row) for row in networked if row["commit"].rstrip("+") in FOUR_DRAWS)
-    older = [f"of all clean images: {'; '.join(all_learned)}"] if all_learned else []
-    older += [f"with four draws: {'; '.join(four)}"] if four else []
+    older = sorted(name_cell(row) for row in rows if row["network"]["used"] and row["network"].get("left_out") is None)
     usual = (
         "Guards take two draws a level, and their network, where they have one, learns from all but the strangest hundredth of "
         "the clean images"
     )
-    return usual + (f". Older ones of these cells {', '.join(older)}" if older else "") + " (docs/decisions/0028, 0033)."
+    return usual + (f"; of all in {'; '.join(older)}" if older else "") + " (docs/decisions/0028, 0033)."

@@ -69,10 +69,12 @@ def render_costs(rows: list[Row]) -> list[str]:
     lines = ["| detector | target forwards an image | ms an image | images |", "| --- | --- | --- | --- |"]
     lines.append(f"| Diffense | 1 | {show(average(row['score_ms'] for row in rows), '.2f')} | all |")
     for name in list_peers(rows):
-        found = [row["peers"][name] for row in rows if name in row["peers"]]
+        found = [row["peers"][name] for row in rows if name in row["peers"] and not is_outdated(row, name)]
         images = "all" if all(peer["images"] != [500, 500] for peer in found) else "500 + 500"
         forwards = average(peer["target_forwards"] for peer in found)
-        milliseconds = average(row["peers"][name]["score_ms"] for row in rows if is_measured_here(row, name))
+        milliseconds = average(
+            row["peers"][name]["score_ms"] for row in rows if is_measured_here(row, name) and not is_outdated(row, name)
+        )
         lines.append(f"| {name} | {show(forwards, '.1f')} | {show(milliseconds, '.2f')} | {images} |")
     return lines
 
@@ -85,8 +87,10 @@ def render_published(rows: list[Row]) -> list[str]:
         cells, plain = [row for row in pair if is_cell(row)], [row for row in pair if is_plain(row)]
         for name, published in figures.items():
             here, there = (average(find_current(row, name, "auroc") for row in side) for side in (cells, plain))
-            if cells and here is not None:
-                lines.append(f"| {name_cell(cells[0])} | {name} | {published:.2f} | {here:.2f} | {show(there, '.2f')} |")
+            if cells and (here, there) != (None, None):
+                lines.append(
+                    f"| {name_cell(cells[0])} | {name} | {published:.2f} | {show(here, '.2f')} | {show(there, '.2f')} |"
+                )
     if not lines:
         return []
     note = (

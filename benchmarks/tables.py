@@ -156,8 +156,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "",
         "Same targets, evaluation images and calibration split; STRIP, TeCo and BaDExpert see the first 500 of each. The "
         "guard is fitted on the fit images and on changed copies of them, peers on the images alone. `latent_all` joins "
-        "every peer without a network on the guard's taps, bands and rule; `latent_all_doubt` excuses doubt as the guard "
-        f"does. `msp` flags low confidence. {OLD}: by the peer as it was before it was mended (docs/detection.md); such "
+        "`meandist`, `ratio`, `lda` and `ranks`, on the guard's taps, bands and rule; `latent_all_doubt` excuses doubt as the "
+        f"guard does. `msp` flags low confidence. {OLD}: by the peer as it was before it was mended (docs/detection.md); such "
         "figures are in no mean.",
         "",
         *render_legend(),
@@ -229,6 +229,8 @@ def render_summary(rows: list[Row]) -> str:
 def sum_up(rows: list[Row]) -> str:
     """Mean and worst AUROC of the guard, its closed form and the strongest peers, and the false alarms behind the table."""
     rows = [row for row in rows if row["auroc"] is not None]
+    if not rows:
+        return "No cell has figures."
     found = {"Diffense": [float(row["auroc"]) for row in rows]}
     for name in SUMMED_UP:
         found[name] = [figure for row in rows if (figure := find_figure(row, name, "auroc")) is not None]

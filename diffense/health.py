@@ -21,6 +21,7 @@ DTYPES: Final = {
     "INT16": np.int16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
 }  # fmt: skip
 REQUEST_ID: Final = "diffense-health"  # counted apart from other requests
+FRONTS: Final = (names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX)
 ALIVE: Final = (
     http.client.BAD_REQUEST,
     http.client.SERVICE_UNAVAILABLE,
@@ -92,9 +93,9 @@ def check_server(address: str, timeout_s: float = 30.0) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ServeError(f"{address} does not list its models in words that can be read; is this a Triton server?") from None
     entries = [entry for entry in listed if entry["state"] != "UNLOADING" and entry.get("reason") != "unloaded"]
-    fronts = sorted(entry["name"] for entry in entries if entry["name"].endswith((names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX)))
-    ready = fronts or sorted(entry["name"] for entry in entries if entry["state"] == "READY")
-    return [name for name in ready if _check_model(address, name, timeout_s, must=bool(fronts))]
+    fronts = sorted({entry["name"] for entry in entries if entry["name"].endswith(FRONTS)})
+    ready = fronts or sorted({entry["name"] for entry in entries if entry["state"] == "READY"})
+    return [name for name in ready if _check_model(address, name, timeout_s, must=name.endswith(names.GUARDED_SUFFIX))]
 
 
 def _check_model(address: str, model: str, timeout_s: float, *, must: bool) -> bool:

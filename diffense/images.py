@@ -62,8 +62,6 @@ class Preprocessing(BaseModel):
                 raise ValueError(f"{name} has {len(values)} numbers; give one, or one for each of {self.channels} channels")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; its numbers must be above 0")
-        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1 / 255, (0.0,), (1.0,)):
-            raise ValueError("the classifier takes uint8 pixels as they are; leave scale, mean and std out")
         return self
 
     def check(self, images: NDArray[np.uint8]) -> None:

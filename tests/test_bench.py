@@ -224,7 +224,8 @@ def test_runs_that_measure_other_peers_of_a_cell_at_the_same_time_lose_none(benc
 def make_row(**changes):
     row = {
         "dataset": "cifar10", "attack": "wanet", "target": "staged_resnet", "seed": 0, "guard_seed": 0, "clean_per_class": None,
-        "target_sha256": "a", "clean_accuracy": 0.92, "asr_before": 0.98, "auroc": 0.99, "tpr_at_fpr5": 0.9, "fpr_at_5": 0.05,
+        "target_sha256": "a", "clean_accuracy": 0.92, "asr_before": 0.98, "auroc": 0.99, "tpr_at_fpr5": 0.9,
+        "fpr_at_1": 0.01, "fpr_at_5": 0.05,
         "network": {"used": True}, "commit": "b6940aa", "machine": "m", "peers": {},
     }  # fmt: skip
     return row | changes
@@ -265,13 +266,12 @@ def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():
 
 
 def test_the_page_tells_which_guards_are_of_an_older_method():
-    new = make_row(commit="0abcdef", network={"used": True, "left_out": 31})
-    rows = [new, make_row(attack="idba", commit="99c04b0+"), make_row(attack="issba", commit="2165ba5+")]
-    off = make_row(attack="htba", commit="2165ba5", network={"used": False})
+    new = make_row(network={"used": True, "left_out": 31})
+    off = make_row(attack="htba", network={"used": False})
     usual = tables.describe_guards([new, off])
-    assert "Older" not in usual and "two draws" in usual and "hundredth" in usual
-    older = ". Older ones of these cells of all clean images: CIFAR-10, IDBA; CIFAR-10, ISSBA, with four draws: CIFAR-10, ISSBA"
-    assert tables.describe_guards([*rows, off]) == usual.replace(" (docs", f"{older} (docs")
+    assert "of all in" not in usual and "two draws" in usual and "hundredth" in usual
+    rows = [new, make_row(attack="issba"), make_row(attack="idba"), off]
+    assert tables.describe_guards(rows) == usual.replace(" (docs", "; of all in CIFAR-10, IDBA; CIFAR-10, ISSBA (docs")
 
 
 def test_the_summary_tells_mean_and_worst_of_guard_closed_form_and_strongest_peer():
@@ -279,10 +279,14 @@ def test_the_summary_tells_mean_and_worst_of_guard_closed_form_and_strongest_pee
     rows = [make_row(peers=peers), make_row(auroc=0.97, peers={}), make_row(auroc=None)]
     assert tables.sum_up(rows) == (
         "AUROC, mean and worst of the 2 cells with figures: Diffense 0.98000, 0.9700; closed_form 0.97500, 0.9700; "
-        "latent_all_doubt 0.95000, 0.9500. Diffense in the 2 without HTBA: 0.98000, 0.9700."
+        "latent_all_doubt 0.95000, 0.9500. In the 2 without HTBA: Diffense 0.98000, 0.9700. "
+        "Clean images flagged: 1.0% to 1.0% at alpha 1 % and 5.0% to 5.0% at alpha 5 %."
     )
-    weak = tables.sum_up([*rows, make_row(auroc=0.5, peers={}, attack="htba")])
-    assert weak.endswith("Diffense in the 2 without HTBA: 0.98000, 0.9700.")
+    weak = [make_row(auroc=0.5, peers={"lda": {"auroc": 1.0}}, attack="htba"), make_row(peers={"lda": {"auroc": 0.9}})]
+    said = tables.sum_up([*weak, make_row(attack="idba", peers={"lda": {"auroc": 0.8}, "ted": {"auroc": 0.9}}, fpr_at_5=0.08)])
+    assert "In the 2 without HTBA: Diffense 0.99000, 0.9900; lda 0.85000, 0.8000. " in said, "ted lacks a cell"
+    assert said.endswith("and 5.0% to 8.0% at alpha 5 %.")
+    assert tables.sum_up([make_row(auroc=None)]) == "No cell has figures."
 
 
 def test_images_that_reach_the_label_without_the_trigger_are_told_apart():

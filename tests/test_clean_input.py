@@ -99,11 +99,6 @@ def test_archives_that_numpy_cannot_open_are_refused_in_words(tmp_path: Path) ->
         load_images(place, (4, 4), 3)
 
 
-def test_uint8_classifiers_take_no_scaling():
-    with pytest.raises(ValueError, match="takes uint8 pixels as they are"):
-        Preprocessing(size=(4, 4), channels=3, layout="NCHW", dtype="uint8", scale=2.0)
-
-
 def test_a_guard_behind_a_link_is_changed_where_it_lies(guard, bundle, fresh, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(bundle)

@@ -36,8 +36,11 @@ def test_rows_that_do_not_tell_everything_are_left_out() -> None:
     untimed = make_row("mnist", "wanet")
     untimed["peers"]["strip"] = {}
     other = make_row("mnist", "wanet", target="convnext")
-    assert not measure_durations([untimed, other, make_row("mnist", "wanet", train_s=None)])
+    assert not measure_durations([untimed, other])
     assert render_durations([untimed]) == []
+    untrained = make_row("mnist", "badnets", train_s=None, cell_s=99.0)
+    found = measure_durations([untimed, other, untrained])["mnist"]
+    assert (found.cells, found.guard, found.expensive) == (1, 10.0, 50.0 * (len(PEERS) - len(CHEAP)))
 
 
 def test_a_peer_that_is_not_defined_for_a_target_takes_no_time() -> None:

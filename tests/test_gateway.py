@@ -177,7 +177,7 @@ def test_production_answers_while_the_guard_hangs(served):
 def test_a_closed_gateway_gives_an_error_without_a_verdict(served):
     _, service = served.gateway_service(GatewayOptions(closed=True), m_guard=fail)
     (response,) = service.answer([served.ask_gateway([0])])
-    assert response.error().code() == TritonError.INTERNAL
+    assert response.error().code() == TritonError.UNAVAILABLE
     assert "/srv" not in response.error().message()
 
 

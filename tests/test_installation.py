@@ -1,11 +1,12 @@
+import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from diffense.errors import ExportError
-from diffense_export import installation
 from diffense_export.installation import install_models, open_stage
 from repositories import hash_tree
 
@@ -64,10 +65,10 @@ def test_whatever_ends_an_installation_leaves_what_was_there(
     repository: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, move: int, after: bool
 ) -> None:
     before = hash_tree(repository)
-    count = break_moves(monkeypatch, {move: fault}, after)
+    count = break_moves(monkeypatch, {1 + move: fault}, after)  # the first is a probe
     with pytest.raises(ExportError if isinstance(fault, OSError) else type(fault)) as raised:
         install(repository)
-    assert count[0] >= move
+    assert count[0] >= 1 + move
     assert hash_tree(repository) == before
     assert list(repository.parent.iterdir()) == [repository]
     if isinstance(fault, OSError):
@@ -78,7 +79,7 @@ def test_whatever_ends_an_installation_leaves_what_was_there(
 def test_what_cannot_be_put_back_is_kept_and_the_message_says_where(
     repository: Path, monkeypatch: pytest.MonkeyPatch, second: BaseException
 ) -> None:
-    break_moves(monkeypatch, {4: KeyboardInterrupt(), 6: second}, after=False)
+    break_moves(monkeypatch, {5: KeyboardInterrupt(), 7: second}, after=False)
     with pytest.raises((ExportError, KeyboardInterrupt)) as raised:
         install(repository)
     (attic,) = [path for path in repository.parent.iterdir() if path != repository]
@@ -105,12 +106,12 @@ def test_at_no_moment_a_front_stands_before_models_of_two_exports(repository: Pa
 
     def move_and_look(source: Path, target: Path) -> Path:
         moved = rename(source, target)
-        seen.append({path.name: (path / "file").read_text() for path in repository.iterdir()})
+        seen.append({path.name: (path / "file").read_text() for path in repository.iterdir() if path.is_dir()})
         return moved
 
     monkeypatch.setattr(Path, "rename", move_and_look)
     install(repository)
-    assert len(seen) == MOVES
+    assert len(seen) == 1 + MOVES  # the first is a probe
     for found in seen:
         fronts = {text for name, text in found.items() if name.endswith(("_guarded", "_stream"))}
         behind = {text for name, text in found.items() if name in MODELS[:2] + STALE[:1]}
@@ -120,8 +121,15 @@ def test_at_no_moment_a_front_stands_before_models_of_two_exports(repository: Pa
 def test_across_file_systems_nothing_unfinished_lies_in_the_repository(
     repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    monkeypatch.setattr(installation, "_is_on_one_device", lambda one, other: False)
+    elsewhere, rename = tmp_path_factory.mktemp("elsewhere"), Path.rename
+
+    def move(source: Path, target: Path) -> Path:
+        if source.is_relative_to(elsewhere):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", move)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     with open_stage(repository) as stage:
         assert stage.parent == elsewhere
@@ -130,3 +138,15 @@ def test_across_file_systems_nothing_unfinished_lies_in_the_repository(
         install_models(stage, repository, MODELS, STALE)
     assert {path.name: (path / "file").read_text() for path in repository.iterdir()} == dict.fromkeys(MODELS, "new")
     assert not list(elsewhere.iterdir())
+
+
+def test_a_full_file_system_is_told_in_words(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise shutil.Error([("from", "to", "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr("diffense_export.installation._can_move", lambda *_: False)
+    monkeypatch.setattr(shutil, "copytree", fill)
+    before = hash_tree(repository)
+    with pytest.raises(ExportError, match="No space left on device"):
+        install(repository)
+    assert hash_tree(repository) == before

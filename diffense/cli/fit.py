@@ -84,6 +84,8 @@ def command(
     )
     defaults = default_preprocessing(opened)
     given = {"scale": scale, "mean": parse_floats("--mean", mean), "std": parse_floats("--std", std)}
+    if defaults.dtype == "uint8" and any(value is not None for value in given.values()):
+        raise OptionError("--scale, --mean or --std: the classifier takes uint8 pixels as they are; leave them out")
     try:
         preprocessing = type(defaults).model_validate(
             {**defaults.model_dump(), **{key: value for key, value in given.items() if value is not None}}

@@ -19,11 +19,8 @@ from diffense.serving.settings import GatewayOptions, Wiring
 from diffense.serving.turn import Turn
 from diffense.serving.verdicts import VerdictRows
 
-# Of a missing verdict, where the gateway is closed: who repeats the request gets one for the last three alone.
-CODES: Final = {
-    "score": "INVALID_ARG", "logits": "INVALID_ARG",
-    "budget": "UNAVAILABLE", "resting": "UNAVAILABLE", "timeout": "UNAVAILABLE",
-}  # fmt: skip
+# Of a missing verdict, where the gateway is closed; all other reasons may be gone when the request comes again.
+CODES: Final = {"score": "INVALID_ARG", "logits": "INVALID_ARG", "internal": "INTERNAL"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,8 @@ class GatewayService:
             return verdicts
         except OverBudgetError as error:
             reason = error.reason
-        self.meter.count_unscored(reason, sum(sizes))
+        for job in jobs:
+            self.meter.count_unscored(reason, len(job.images), job.request.request_id())
         return [VerdictRows.make_unscored(size, reason) for size in sizes]
 
     def _close(self, job: Job, outputs: Arrays, verdict: Verdict) -> Any:
@@ -142,7 +140,7 @@ class GatewayService:
         if self.options.closed and (verdict.flagged == names.UNSCORED).any():
             reason = next(reason for reason in verdict.reasons if reason)
             said = f"the guard gave no verdict ({reason}), and this gateway is closed then"
-            raise RefusedError(CODES.get(reason, "INTERNAL"), said)
+            raise RefusedError(CODES.get(reason, "UNAVAILABLE"), said)
         rows = np.flatnonzero(verdict.flagged == names.FLAGGED_YES)
         if self.options.policy == "reject" and len(rows):
             shown = ", ".join(map(str, rows.tolist()))

@@ -70,7 +70,7 @@ class GuardService:
             try:
                 jobs.append(self._open(place, request, started))
             except Exception as error:  # a raised error would end all requests of the batch
-                responses[place] = self._refuse(explain_refusal(self.backend, error))
+                responses[place] = self._refuse(request, explain_refusal(self.backend, error))
         if jobs:
             verdicts = self._score(jobs).split([len(job.latents) for job in jobs])
             self.meter.observe_time(self.clock() - started)
@@ -141,11 +141,11 @@ class GuardService:
 
     def _close(self, job: Job, verdicts: VerdictRows) -> Any:
         if job.request.is_cancelled():
-            return self._refuse(RefusedError("CANCELLED", "the request was cancelled"))
+            return self._refuse(job.request, RefusedError("CANCELLED", "the request was cancelled"))
         self.meter.count(verdicts, job.logits.argmax(axis=1), job.request.request_id())
         passed_on = {output: job.inputs[raw] for raw, output in self._raw.items()}
         return respond(self.backend, job.request, {**passed_on, **verdicts.to_tensors()})
 
-    def _refuse(self, error: RefusedError) -> Any:
-        self.meter.count_unscored(error.code.lower(), 1)
+    def _refuse(self, request: Any, error: RefusedError) -> Any:
+        self.meter.count_unscored(error.code.lower(), 1, request.request_id())
         return refuse(self.backend, error)

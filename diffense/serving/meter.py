@@ -13,7 +13,7 @@ from diffense.serving.verdicts import VerdictRows
 
 LABEL_SERIES: Final = 100  # classes with series of their own, per process; a thousand classes would swamp Prometheus
 OTHER_LABEL: Final = "other"
-HEALTH_LABEL: Final = "health"
+HEALTH_LABEL: Final = "health"  # in the place of a class, and of a reason
 EVERY_S: Final = 0.25  # of served models; Prometheus asks every few seconds
 
 Series = tuple[metrics.Metric, str]
@@ -57,23 +57,24 @@ class Meter:
 
         What bears the health check's id is counted under a label of its own, and not left out: anybody can send it.
         """
+        health = request_id == REQUEST_ID
         with self._lock:
             for label, score, flagged in zip(labels.tolist(), verdicts.scores, verdicts.flagged, strict=True):
                 if flagged == names.UNSCORED:
                     continue
-                name = HEALTH_LABEL if request_id == REQUEST_ID else self._name_class(label)
+                name = HEALTH_LABEL if health else self._name_class(label)
                 self._totals[metrics.SCORED, name] += 1
                 self._observed.append(((metrics.SCORE, name), float(score)))
                 if flagged == names.FLAGGED_YES:
                     self._totals[metrics.FLAGGED, name] += 1
             for reason in filter(None, verdicts.reasons):
-                self._totals[metrics.UNSCORED, reason] += 1
+                self._totals[metrics.UNSCORED, HEALTH_LABEL if health else reason] += 1
         self._note()
 
-    def count_unscored(self, reason: str, images: int) -> None:
+    def count_unscored(self, reason: str, images: int, request_id: str = "") -> None:
         """Count images without a verdict."""
         with self._lock:
-            self._totals[metrics.UNSCORED, reason] += images
+            self._totals[metrics.UNSCORED, HEALTH_LABEL if request_id == REQUEST_ID else reason] += images
         self._note()
 
     def observe_time(self, seconds: float) -> None:

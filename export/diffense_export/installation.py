@@ -1,6 +1,7 @@
 """Moves finished model folders into a repository: each at one stroke, all or none, and never over a stranger's."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ def open_stage(repository: Path) -> Iterator[Path]:
     try:
         repository.mkdir(parents=True, exist_ok=True)
         home = repository.resolve()
-        beside = _is_on_one_device(home, home.parent) and os.access(home.parent, os.W_OK)
+        beside = home.parent.stat().st_dev == home.stat().st_dev and os.access(home.parent, os.W_OK)
         stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=home.parent if beside else None))
     except OSError as error:
         raise ExportError(f"cannot write to {repository}: {error.strerror}") from None
@@ -67,15 +68,17 @@ def install_models(stage: Path, repository: Path, models: Sequence[str], stale: 
     Raises:
         ExportError: a folder could not be moved; what stood there before stands there again, or the message says where it lies.
     """
-    if _is_on_one_device(stage, repository):
-        _move_models(stage, repository, models, stale)
-        return
     inside: Path | None = None
     try:
+        if _can_move(stage, repository):
+            _move_models(stage, repository, models, stale)
+            return
         inside = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=repository))
         for model in models:
             shutil.copytree(stage / model, inside / model)
         _move_models(inside, repository, models, stale)
+    except shutil.Error as error:  # its arguments are the failures: from where, to where, why
+        raise ExportError(f"cannot write to {repository}: {error.args[0][0][2]}") from None
     except OSError as error:
         raise ExportError(f"cannot write to {repository}: {error.strerror}") from None
     finally:
@@ -123,8 +126,21 @@ def _is_behind(model: str) -> bool:
     return not model.endswith(FRONTS)
 
 
-def _is_on_one_device(one: Path, other: Path) -> bool:
-    return one.stat().st_dev == other.stat().st_dev
+def _can_move(stage: Path, repository: Path) -> bool:
+    """Try it: two mounts of one file system have the same device number, and nothing can be renamed from one to the other."""
+    handle, probe = tempfile.mkstemp(prefix=STAGE_PREFIX, dir=stage)
+    os.close(handle)
+    place = repository / Path(probe).name
+    try:
+        Path(probe).rename(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    finally:
+        Path(probe).unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
+    return True
 
 
 def _list_names(folder: Path) -> set[str]:
