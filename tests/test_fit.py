@@ -5,6 +5,7 @@ import onnx_models
 from diffense.calibration import needed_images
 from diffense.errors import BundleError, ImageError, OptionError, TargetError, TooFewImagesError
 from diffense.fit import default_preprocessing, fit_guard
+from diffense.preparation import prepare_clean
 from diffense.settings import FitSettings
 from diffense.target import Target
 from shapes import draw_shapes
@@ -106,9 +107,13 @@ def test_every_style_of_network_can_be_guarded(style, tmp_path):
 def test_a_target_that_overflows_is_told_with_the_image(small_target, clean_images, tmp_path):
     target = Target.open(small_target)
     preprocessing = default_preprocessing(target).model_copy(update={"scale": 1e36})
-    with pytest.raises(ImageError, match="image 0 makes the target's features overflow; check --scale"):
+    with pytest.raises(ImageError, match="no numbers on any clean image; check its file, and --scale"):
         fit_guard(target, clean_images, tmp_path / "g", preprocessing=preprocessing)
     assert not (tmp_path / "g").exists()
+    dark = np.zeros_like(clean_images[:40])
+    dark[7] = 255
+    with pytest.raises(ImageError, match="image 7 makes the target's features overflow; check --scale"):
+        prepare_clean(target, dark, target.choose_taps(None), preprocessing, 0.1, "auto", 0, lambda message: None)
 
 
 def test_the_learned_part_is_off_where_it_gains_nothing(small_target, tmp_path, clean_images):

@@ -97,7 +97,7 @@ async def test_400_callers_get_400_answers_and_those_of_the_lucky_ones_are_right
     for caller, answer in enumerate(found):
         if isinstance(answer, list):
             check(answer, logits[caller % 8], truth, caller % 8)
-    assert slow.check() == ["separate_guarded", "shared_guarded"]
+    assert slow.check() == ["separate_gateway", "separate_guarded", "shared_gateway", "shared_guarded"]
 
 
 def check(events, logits, truth, row):
@@ -164,4 +164,4 @@ async def test_a_stream_too_late_for_its_client_ends_with_its_deadline_and_the_s
         found = await asyncio.gather(*(ask_one() for _ in range(QUEUE)), return_exceptions=True)
     assert all(isinstance(answer, list | DeadlineError | OverloadedError) for answer in found)
     assert any(isinstance(answer, DeadlineError) for answer in found)
-    assert slow.check() == ["separate_guarded", "shared_guarded"]
+    assert slow.check() == ["separate_gateway", "separate_guarded", "shared_gateway", "shared_guarded"]
