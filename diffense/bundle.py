@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.calibration import bound_false_alarms, check_alpha
+from diffense.clean import drop_repeats
 from diffense.errors import BundleError
 from diffense.guard import Guard
 from diffense.manifest import Manifest, hash_file, write_manifest
@@ -88,7 +89,13 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> N
     write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))
 
 
-def recalibrate(guard: Guard, images: NDArray[np.uint8] | None, alpha: float, out: Path) -> Guard:
+def recalibrate(
+    guard: Guard,
+    images: NDArray[np.uint8] | None,
+    alpha: float,
+    out: Path,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Guard:
     """Copy a guard to `out` (or over itself) with a new calibration and nothing refitted.
 
     Args:
@@ -96,6 +103,7 @@ def recalibrate(guard: Guard, images: NDArray[np.uint8] | None, alpha: float, ou
         images: (N, H, W, C) clean images that it was not fitted on; None keeps its calibration, for another alpha.
         alpha: false-alarm rate that is asked for.
         out: folder of the new bundle.
+        notify: told, in one line, how many images repeat others and are left out.
 
     Raises:
         TooFewImagesError, OptionError, ImageError: as `calibrate_bundle`.
@@ -107,7 +115,7 @@ def recalibrate(guard: Guard, images: NDArray[np.uint8] | None, alpha: float, ou
         if images is None:
             set_alpha(folder, alpha)
         else:
-            calibrate_bundle(folder, images, alpha)
+            calibrate_bundle(folder, drop_repeats(images, notify), alpha)
     return Guard.load(out)
 
 

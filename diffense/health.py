@@ -22,10 +22,8 @@ DTYPES: Final = {
 }  # fmt: skip
 REQUEST_ID: Final = "diffense-health"  # counted apart from other requests
 FRONTS: Final = (names.GUARDED_SUFFIX, names.GATEWAY_SUFFIX)
-ALIVE: Final = (
-    http.client.BAD_REQUEST,
-    http.client.SERVICE_UNAVAILABLE,
-)  # of a gateway: by its policy, or busy
+# What a gateway's process answers by its policy, or because it is busy.
+ALIVE: Final = (http.client.BAD_REQUEST, http.client.SERVICE_UNAVAILABLE)
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 

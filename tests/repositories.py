@@ -1,11 +1,15 @@
 """Small model repositories for tests that need a server but no guard."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from diffense_export.configs import CONFIG_FILE, parse_config
 
 FEATURES, CLASSES = 5, 3
 
@@ -120,3 +124,11 @@ def hash_tree(folder: Path) -> dict[str, str]:
     """Path inside the folder -> SHA-256 of the file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def list_models(repository: Path) -> list[str]:
+    return sorted(folder.name for folder in repository.iterdir())
+
+
+def read_configs_of(repository: Path, models: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(name, parse_config(repository / name / CONFIG_FILE)) for name in models]

@@ -199,6 +199,13 @@ def test_options_that_cannot_be_are_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["clean.npz"]
 
 
+def test_scaling_of_a_classifier_that_takes_pixels_is_refused(tmp_path: Path, run_cli: Run) -> None:
+    path = onnx_models.save(onnx_models.uint8_input(), tmp_path / "m.onnx")
+    for option in ("--scale", "--mean", "--std"):
+        code, _, told = run_cli("fit", path, tmp_path, option, "1", "--out", tmp_path / "guard")
+        assert code == 2 and "takes uint8 pixels as they are" in told
+
+
 def test_a_seed_below_zero_is_a_wrong_use(small_target: Path, tmp_path: Path, run_cli: Run) -> None:
     code, _, told = run_cli("fit", small_target, tmp_path, "--seed", "-1")
     assert code == 2

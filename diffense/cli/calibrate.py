@@ -20,7 +20,6 @@ def command(
 ) -> None:
     """Calibrate a guard anew, on other clean images or for another alpha."""
     from diffense.bundle import recalibrate
-    from diffense.clean import drop_repeats
     from diffense.guard import Guard
     from diffense.images import load_images
 
@@ -30,9 +29,10 @@ def command(
     if clean is not None:
         images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
         note_skipped(console, images)
-        pixels = drop_repeats(images.pixels, lambda message: console.print(message, markup=False, highlight=False))
+        pixels = images.pixels
     place = out or guard
-    renewed = recalibrate(loaded, pixels, loaded.manifest.alpha if alpha is None else alpha, place)
+    wanted = loaded.manifest.alpha if alpha is None else alpha
+    renewed = recalibrate(loaded, pixels, wanted, place, lambda said: console.print(said, markup=False, highlight=False))
     made = renewed.manifest
     low, high = made.false_alarm_interval
     print(

@@ -26,9 +26,8 @@ def command(
             table.add_column(heading, overflow="fold")
         for finding in findings:
             mark = "[red]x[/]" if finding.blocks else "[yellow]-[/]" if finding.fix else "[green]ok[/]"
-            table.add_row(
-                mark, *map(Text, (finding.name, finding.value or "missing", finding.fix or ""))
-            )  # brackets are no markup
+            cells = (finding.name, finding.value or "missing", finding.fix or "")
+            table.add_row(mark, *map(Text, cells))  # whose brackets are no markup
         console = Console()
         console.print(table)
         console.print("serving is possible" if possible else "[red]serving is not possible: see the lines with x[/]")

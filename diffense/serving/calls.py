@@ -114,7 +114,7 @@ def refuse(backend: Any, error: RefusedError) -> Any:
     return backend.InferenceResponse(error=backend.TritonError(error.message, code))
 
 
-def explain_refusal(backend: Any, error: Exception) -> RefusedError:
+def mask_error(backend: Any, error: Exception) -> RefusedError:
     """The refusal itself; of any other error, which must not reach the server, one that tells the client nothing of it."""
     if isinstance(error, RefusedError):
         return error

@@ -80,7 +80,7 @@ class Family:
         found: Arrays | None,
         sizes: Sequence[int],
         seconds: float,
-        request_id: str = "",
+        request_id: str,
     ) -> list[Verdict]:
         """Ask for the latents, where they are missing, and for the verdicts, within a budget.
 

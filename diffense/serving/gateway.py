@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diffense import names
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import Arrays, CallError, RefusedError, explain_refusal, read_inputs, refuse, respond, split_rows
+from diffense.serving.calls import Arrays, CallError, RefusedError, mask_error, read_inputs, refuse, respond, split_rows
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.policy import replace_outputs
@@ -73,7 +73,7 @@ class GatewayService:
                 job = self._open(place, request)
                 stacks.setdefault(job.images.shape[1:], []).append(job)
             except Exception as error:  # a raised error would end all requests of the batch
-                responses[place] = refuse(self.backend, explain_refusal(self.backend, error))
+                responses[place] = refuse(self.backend, mask_error(self.backend, error))
         for jobs in stacks.values():
             with self.turn:
                 answers = self._answer_stack(jobs)

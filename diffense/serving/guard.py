@@ -16,9 +16,9 @@ from diffense.serving.calls import (
     CallError,
     RefusedError,
     call_model,
-    explain_refusal,
     find_row_errors,
     has_numbers,
+    mask_error,
     read_inputs,
     refuse,
     respond,
@@ -70,7 +70,7 @@ class GuardService:
             try:
                 jobs.append(self._open(place, request, started))
             except Exception as error:  # a raised error would end all requests of the batch
-                responses[place] = self._refuse(request, explain_refusal(self.backend, error))
+                responses[place] = self._refuse(request, mask_error(self.backend, error))
         if jobs:
             verdicts = self._score(jobs).split([len(job.latents) for job in jobs])
             self.meter.observe_time(self.clock() - started)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.serving.budget import Budget, OverBudgetError
-from diffense.serving.calls import Arrays, CallError, RefusedError, explain_refusal, read_inputs, refuse, respond, split_rows
+from diffense.serving.calls import Arrays, CallError, RefusedError, mask_error, read_inputs, refuse, respond, split_rows
 from diffense.serving.family import Family, Verdict
 from diffense.serving.meter import Meter
 from diffense.serving.settings import Wiring
@@ -73,7 +73,7 @@ class StreamService:
                 job = self._open(request, sender)
                 stacks.setdefault(job.images.shape[1:], []).append(job)
             except Exception as error:  # a raised error would leave all requests of the batch without an answer
-                self._close(sender, refuse(self.backend, explain_refusal(self.backend, error)))
+                self._close(sender, refuse(self.backend, mask_error(self.backend, error)))
         for jobs in stacks.values():
             self._answer_stack(jobs)
 

@@ -63,7 +63,8 @@ def install_models(stage: Path, repository: Path, models: Sequence[str], stale: 
     """Move models from the stage into the repository, in order, and take stale ones away.
 
     The old fronts go first and the new ones come last: whatever ends the process, no front is left that asks models of two
-    exports.
+    exports. From another file system they are copied into a hidden folder of the repository first, which is there for as long
+    as that takes.
 
     Raises:
         ExportError: a folder could not be moved; what stood there before stands there again, or the message says where it lies.
