@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.settings import find_shared
+from benchmarks.tracks import pick_tracks, read_tracks
 from diffense.errors import OptionError
 
 Pixels = NDArray[np.uint8]
@@ -29,7 +30,8 @@ class Spec:
         classes: number of classes.
         mirrored: whether training may mirror images; digits and signs change their meaning.
         lit: whether training changes brightness and contrast; signs are seen by day and by night.
-        held_out: training images a class that the defender gets instead of test images; 0 where the test split is large.
+        held_out: training images a class that the defender gets instead of test images, whole recording tracks where there
+            are such; 0 where the test split is large.
         defender: most images of the defender.
         epochs: of the target's training.
         network: the target's usual architecture.
@@ -49,12 +51,13 @@ class Spec:
     network: str
 
 
+TRACKED: Final = "gtsrb"  # its images are frames of recording tracks
 SPECS: Final = {
     spec.name: spec
     for spec in (
         Spec("mnist", "MNIST", False, 28, 1, 10, False, False, 0, 5000, 9, "small_cnn"),
         Spec("cifar10", "CIFAR-10", False, 32, 3, 10, True, False, 0, 5000, 12, "staged_resnet"),
-        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 0, 3240, 16, "staged_resnet"),
+        Spec("gtsrb", "GTSRB (reduced)", False, 32, 3, 43, False, True, 75, 3225, 16, "staged_resnet"),
         Spec("imagenet10", "ImageNet-10 (64x64)", False, 64, 3, 10, True, False, 0, 1888, 12, "efficientnet_lite"),
         Spec(
             "lsun_object_standin",
@@ -133,25 +136,40 @@ def find_spec(name: str) -> Spec:
 def load_split(name: str) -> Split:
     """Read and split an image set; always the same split.
 
-    The defender's images come from the official test split, so that in GTSRB no recording track is shared with the target's
-    training; where that split is small, from training images that the target is not shown.
+    The defender's images come from the official test split; where that is small, or made of recording tracks that it does not
+    name (GTSRB), from training images that the target is not shown. No track is in two parts: the official splits share none,
+    and the training split is parted by whole tracks.
 
     Raises:
         OptionError: unknown name, or the data is missing or damaged.
     """
     spec = find_spec(name)
+    train, test = load_official(name)
+    generator = np.random.default_rng(20240917)
+    if spec.held_out:
+        chosen = (
+            pick_tracks(train.labels, read_tracks(train.pixels), spec.held_out, generator)
+            if name == TRACKED
+            else pick_per_class(train.labels, spec.held_out, generator)
+        )
+        rest = np.setdiff1d(np.arange(len(train)), chosen)
+        return Split(train.take(rest), train.take(chosen), test)
+    chosen = np.sort(generator.permutation(len(test))[: min(spec.defender, len(test) // 2)])
+    return Split(train, test.take(chosen), test.take(np.setdiff1d(np.arange(len(test)), chosen)))
+
+
+def load_official(name: str) -> tuple[Images, Images]:
+    """Read the official training and test images.
+
+    Raises:
+        OptionError: the data is missing or damaged.
+    """
     loader = _load_module()
     try:
         train, test = (Images(*loader.load(name, part)[:2]) for part in ("train", "test"))
     except loader.DataError as error:
         raise OptionError(str(error)) from error
-    generator = np.random.default_rng(20240917)
-    if spec.held_out:
-        chosen = pick_per_class(train.labels, spec.held_out, generator)
-        rest = np.setdiff1d(np.arange(len(train)), chosen)
-        return Split(train.take(rest), train.take(chosen), test)
-    chosen = np.sort(generator.permutation(len(test))[: min(spec.defender, len(test) // 2)])
-    return Split(train, test.take(chosen), test.take(np.setdiff1d(np.arange(len(test)), chosen)))
+    return train, test
 
 
 def pick_per_class(labels: Labels, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
