@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.settings import find_shared
-from benchmarks.tracks import pick_tracks, read_tracks
+from benchmarks.tracks import pick_groups, read_tracks
 from diffense.errors import OptionError
 
 Pixels = NDArray[np.uint8]
@@ -93,17 +93,18 @@ SPECS: Final = {
 
 @dataclass(frozen=True)
 class Images:
-    """``pixels`` (N, H, W, C) uint8 and ``labels`` (N,) int64."""
+    """``pixels`` (N, H, W, C) uint8, ``labels`` (N,) int64, and perhaps ``groups`` (N,) int64: which belong together."""
 
     pixels: Pixels
     labels: Labels
+    groups: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: NDArray[np.int64]) -> "Images":
         """These rows."""
-        return Images(self.pixels[rows], self.labels[rows])
+        return Images(self.pixels[rows], self.labels[rows], None if self.groups is None else self.groups[rows])
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,12 @@ def load_split(name: str) -> Split:
     train, test = load_official(name)
     generator = np.random.default_rng(20240917)
     if spec.held_out:
+        if name == TRACKED:
+            train = Images(train.pixels, train.labels, read_tracks(train.pixels, train.labels))
         chosen = (
-            pick_tracks(train.labels, read_tracks(train.pixels), spec.held_out, generator)
-            if name == TRACKED
-            else pick_per_class(train.labels, spec.held_out, generator)
+            pick_per_class(train.labels, spec.held_out, generator)
+            if train.groups is None
+            else pick_groups(train.labels, train.groups, spec.held_out, generator)
         )
         rest = np.setdiff1d(np.arange(len(train)), chosen)
         return Split(train.take(rest), train.take(chosen), test)

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
-from benchmarks.inspection import inspect_images, score_inspected, take
+from benchmarks.inspection import inspect_images, score_inspected, split_defender, take
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
 from benchmarks.peer_figures import CLOSED_FORM, measure_closed_form, measure_peer
 from benchmarks.peers.base import Inspected
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
-from diffense.clean import count_split, split_rows
 from diffense.fit import fit_guard
 from diffense.guard import Guard
 from diffense.manifest import hash_file
@@ -93,6 +92,7 @@ def evaluate_cell(
         "attack": cell.attack,
         "target": cell.network,
         "target_sha256": hash_file(found.target.path),
+        "recipe": cell.recipe_hash,
         "seed": cell.seed,
         "guard_seed": guard_seed,
         "clean_per_class": clean_per_class,
@@ -133,10 +133,7 @@ def view_cell(guard: Guard, found: Evaluated) -> tuple[dict[str, Inspected], NDA
         ``fit``, ``calibration``, ``clean`` and ``triggered`` images, the first two in the guard's own split of the defender's
         images, where it splits them; and the true labels of those to fit on.
     """
-    defender = inspect_images(guard, found.clean.pixels)
-    generator = np.random.default_rng(guard.manifest.seed)
-    size = count_split(len(found.clean), guard.manifest.alpha)
-    fit_rows, calibration_rows = split_rows(defender.predicted, size, generator)
+    defender, fit_rows, calibration_rows = split_defender(guard, found.clean)
     views = {
         "fit": take(defender, fit_rows),
         "calibration": take(defender, calibration_rows),
@@ -156,7 +153,8 @@ def fit_cell(
     """Fit a guard on the defender's images of a cell."""
     folder = find_cache() / "guards" / f"{found.target.cell.name}-{clean_per_class or 'all'}-{seed}-{network}"
     settings = replace(choose_settings(len(found.clean), seed), network=network)
-    return fit_guard(Target.open(found.target.path), found.clean.pixels, folder, settings=settings, notify=progress)
+    clean, target = found.clean, Target.open(found.target.path)
+    return fit_guard(target, clean.pixels, folder, groups=clean.groups, settings=settings, notify=progress)
 
 
 def choose_settings(images: int, seed: int) -> FitSettings:

@@ -7,8 +7,10 @@ from benchmarks.attacks import ATTACKS, MATRIX
 from benchmarks.datasets import SPECS
 from benchmarks.peer_figures import CLOSED_FORM, is_outdated
 from benchmarks.records import Row
+from benchmarks.targets import Cell
 
 LEAST_SUCCESS: Final = 0.95  # but for hidden triggers, which have what they have
+SUPERSEDED: Final = "‡"  # behind a cell whose target is not made like that any more
 LEAST_ACCURACY: Final = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.96}
 
 
@@ -33,8 +35,13 @@ def is_cell(row: Row) -> bool:
     return row["attack"] in MATRIX and row["target"] == SPECS[row["dataset"]].network and row["seed"] == 0
 
 
+def is_superseded(row: Row) -> bool:
+    """Whether a row's target was made by another recipe than its cell's now: a split or an attack has changed since."""
+    return bool(row.get("recipe") != Cell(row["dataset"], row["attack"], row["target"], row["seed"]).recipe_hash)
+
+
 def name_cell(row: Row) -> str:
-    """Data set and attack; a stand-in is named as one, a target or attack below its aim is marked.
+    """Data set and attack; a stand-in is named as one, a target or attack below its aim or superseded is marked.
 
     ``again`` is the number of a further target of the same seed: on a GPU no two trainings give the same weights.
     """
@@ -43,6 +50,7 @@ def name_cell(row: Row) -> str:
         weak += " (weak attack)"
     if row.get("again"):
         weak += ", trained again"
+    weak += SUPERSEDED if is_superseded(row) else ""
     return f"{SPECS[row['dataset']].title}, {ATTACKS[row['attack']].title}{weak}"
 
 

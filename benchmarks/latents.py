@@ -23,7 +23,7 @@ from diffense.settings import FitSettings
 from diffense.tapping import open_pooling, project_taps
 from diffense.target import Target
 
-FORM: Final = 2  # raise it when whitening, taps or the split change
+FORM: Final = 3  # raise it when whitening, taps or the split change
 ARRAYS: Final = "latents.safetensors"
 MOST: Final = 3000  # clean and triggered evaluation images each that are kept
 
@@ -87,17 +87,20 @@ def _collect(cell: Cell, seed: int, grid: int, work: Path, progress: Callable[[s
     target = Target.open(found.target.path)
     taps, preprocessing = target.choose_taps(None), default_preprocessing(target)
     settings = FitSettings(seed=seed)
-    prepared = prepare_clean(target, found.clean.pixels, taps, preprocessing, settings.alpha, "label", seed, progress, grid)
+    clean = found.clean
+    prepared = prepare_clean(
+        target, clean.pixels, taps, preprocessing, settings.alpha, "label", seed, progress, grid, clean.groups
+    )
     run = open_pooling(target, taps, preprocessing, grid)
     width = prepared.latents.shape[1] // len(taps)
-    folds = assign_folds(prepared.clean.labels[: prepared.clean.originals], FOLDS, prepared.generator)
+    folds = assign_folds(prepared.clean.labels[: prepared.clean.originals], FOLDS, prepared.generator, prepared.clean.groups)
     arrays: dict[str, NDArray[Any]] = {
         "folds": folds[prepared.clean.source],
         "clean_logits": prepared.clean.logits.astype(np.float32),
         "clean_latents": prepared.latents.astype(np.float32),
     }
     parts = {
-        "calibration": found.clean.pixels[prepared.calibration_rows],
+        "calibration": clean.pixels[prepared.calibration_rows],
         "evaluation": found.evaluation.pixels[:MOST],
         "triggered": found.triggered,
     }

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.attacks import find_attack
 from benchmarks.datasets import find_spec
 from benchmarks.evaluation import evaluate_cell
+from benchmarks.figures import is_superseded
 from benchmarks.peer_figures import is_outdated
 from benchmarks.peers import PEERS, make_peer
 from benchmarks.records import DETECTION, read_rows, write_detection
@@ -37,10 +38,11 @@ def choose_peers(text: str) -> list[str]:
 
 
 def find_missing(cells: Sequence[Cell], peers: Sequence[str]) -> list[tuple[Cell, list[str]]]:
-    """Cells without a result, or without one of these peers as it is now, and the peers each lacks."""
+    """Cells without a result on a target as made now, or without one of these peers as it is now, and the peers each lacks."""
     done = {
         (r["dataset"], r["attack"], r["target"], r["seed"]): {name for name in r["peers"] if not is_outdated(r, name)}
         for r in read_rows(DETECTION)
+        if not is_superseded(r)
     }
     missing = []
     for cell in cells:

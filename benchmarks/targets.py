@@ -1,5 +1,7 @@
 """Cells of the matrix and their trained targets: made once, kept in the cache."""
 
+import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -56,6 +58,18 @@ class Cell:
     def spec(self) -> Spec:
         """Of the image set."""
         return find_spec(self.dataset)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the target is made from, JSON; another one gives another target."""
+        made = {"version": RECIPE, "spec": asdict(self.spec), "network": self.network, "attack": self.attack, "seed": self.seed}
+        revision = find_attack(self.attack).revision
+        return made | ({"revision": revision} if revision else {})
+
+    @property
+    def recipe_hash(self) -> str:
+        """Of the recipe, as rows of results carry it: 12 hexadecimal digits of SHA-256."""
+        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make_cell(dataset: str, attack: str, network: str | None = None, seed: int = 0) -> Cell:
@@ -119,12 +133,9 @@ def get_target(cell: Cell, progress: Callable[[str], None]) -> TrainedTarget:
     """Give the cell's target from the cache, training it when it is missing, stale or damaged."""
     folder = find_cache() / "targets" / cell.name
     spec = cell.spec
-    recipe = {"version": RECIPE, "spec": asdict(spec), "network": cell.network, "attack": cell.attack, "seed": cell.seed}
-    revision = find_attack(cell.attack).revision
-    recipe |= {"revision": revision} if revision else {}
-    facts = read_entry(folder, recipe, progress)
+    facts = read_entry(folder, cell.recipe, progress)
     if facts is None:
-        facts = write_entry(folder, recipe, lambda work: _train(cell, load_split(cell.dataset), work, progress))
+        facts = write_entry(folder, cell.recipe, lambda work: _train(cell, load_split(cell.dataset), work, progress))
     network = NETWORKS[cell.network](spec.channels, spec.classes, spec.side)
     load_model(network, folder / NETWORK_FILE)
     to_channels_last(network).eval()

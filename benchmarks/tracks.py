@@ -19,10 +19,11 @@ from PIL import Image
 from diffense.errors import OptionError
 
 TRACKS: Final = Path(__file__).with_name("gtsrb_tracks.json")
+PER_CLASS: Final = 100  # more than the tracks of a class, which the official names count from 0
 
 
-def read_tracks(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Read the track of each training image: (N, 32, 32, 3) -> (N,); numbers are of a track within its class.
+def read_tracks(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Read the track of each training image: (N, 32, 32, 3), (N,) -> (N,), a number of its own for each track.
 
     Raises:
         OptionError: these are not the images, in the order, that the numbers were written for.
@@ -30,7 +31,7 @@ def read_tracks(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     stored = json.loads(TRACKS.read_text())
     if hash_pixels(pixels) != stored["pixels_sha256"]:
         raise OptionError(f"{TRACKS.name} is of other training images of GTSRB; write it anew with python -m benchmarks.tracks")
-    return np.array(stored["tracks"], np.int64)
+    return labels * PER_CLASS + np.array(stored["tracks"], np.int64)
 
 
 def find_tracks(pixels: NDArray[np.uint8], labels: NDArray[np.int64], folder: Path) -> list[int]:
@@ -58,18 +59,18 @@ def hash_pixels(pixels: NDArray[np.uint8]) -> str:
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
-def pick_tracks(
-    labels: NDArray[np.int64], tracks: NDArray[np.int64], count: int, generator: np.random.Generator
+def pick_groups(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], count: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Row numbers of whole tracks drawn of each class, as near to `count` images a class as they come, ascending."""
+    """Row numbers of whole groups drawn of each class, as near to `count` images a class as they come, ascending."""
     rows: list[NDArray[np.int64]] = []
     for label in np.unique(labels):
         ours = np.flatnonzero(labels == label)
-        numbers, sizes = np.unique(tracks[ours], return_counts=True)
+        numbers, sizes = np.unique(groups[ours], return_counts=True)
         order = generator.permutation(len(numbers))
         total = np.cumsum(sizes[order])
         taken = numbers[order[: int(np.abs(total - count).argmin()) + 1]]
-        rows.append(ours[np.isin(tracks[ours], taken)])
+        rows.append(ours[np.isin(groups[ours], taken)])
     return np.sort(np.concatenate(rows))
 
 

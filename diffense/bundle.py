@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.calibration import bound_false_alarms, check_alpha
-from diffense.clean import drop_repeats
+from diffense.clean import keep_first
 from diffense.errors import BundleError
 from diffense.guard import Guard
 from diffense.manifest import Manifest, hash_file, write_manifest
@@ -115,7 +115,7 @@ def recalibrate(
         if images is None:
             set_alpha(folder, alpha)
         else:
-            calibrate_bundle(folder, drop_repeats(images, notify), alpha)
+            calibrate_bundle(folder, images[keep_first(images, notify)], alpha)
     return Guard.load(out)
 
 

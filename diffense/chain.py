@@ -3,6 +3,7 @@
 All statistics are float64. W = K d entries: K taps of width d each; a tap with fewer usable directions is padded with zeros.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +81,33 @@ def fit_chain(
     return Chain(transform)
 
 
-def assign_folds(groups: NDArray[np.int64], folds: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Give each row a fold, evenly within its group (its label), (n,) -> (n,) in 0..folds-1."""
-    result = np.empty(len(groups), np.int64)
+def assign_folds(
+    labels: NDArray[np.int64], folds: int, generator: np.random.Generator, groups: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Give each row a fold, evenly within its label, (n,) -> (n,) in 0..folds-1; rows of one group get the same."""
+    result = np.empty(len(labels), np.int64)
     start = 0
-    for group in np.unique(groups):
-        rows = generator.permutation(np.flatnonzero(groups == group))
-        result[rows] = (np.arange(len(rows)) + start) % folds
-        start += len(rows)
+    for members in shuffle_groups(labels, groups, generator):
+        for place, rows in enumerate(members):
+            result[rows] = (place + start) % folds
+        start += len(members)
     return result
+
+
+def shuffle_groups(
+    labels: NDArray[np.int64], groups: NDArray[np.int64] | None, generator: np.random.Generator
+) -> Iterator[list[NDArray[np.int64]]]:
+    """For each label, the row numbers of each of its groups, in random order; a group has the label of its first row.
+
+    Args:
+        labels: (n,).
+        groups: (n,) which rows belong together; None where each stands alone.
+        generator: of the order.
+    """
+    if groups is None:
+        for label in np.unique(labels):
+            yield list(generator.permutation(np.flatnonzero(labels == label))[:, None])
+        return
+    first, group = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    for label in np.unique(labels[first]):
+        yield [np.flatnonzero(group == number) for number in generator.permutation(np.flatnonzero(labels[first] == label))]

@@ -9,14 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.calibration import check_alpha, check_rate, needed_images
+from diffense.chain import shuffle_groups
 from diffense.copies import make_copies
-from diffense.errors import TooFewImagesError
+from diffense.errors import OptionError, TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS, Kind, choose_kind
 
 CALIBRATION_SHARE: Final = 0.4
 MOST_CALIBRATION_SHARE: Final = 0.6  # what a small alpha may take of a split
 FEWEST_FIT_IMAGES: Final = 20  # that a split leaves
 FEWEST_IMAGES: Final = 34  # a split's usual share leaves FEWEST_FIT_IMAGES of them; where all are fitted on, the same floor
+FEWEST_GROUPS: Final = 20  # twice the folds that calibrate few images
 FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, whatever alpha is (docs/decisions/0023)
 FEW_COPIES: Final = 6  # of each image where there are few
 
@@ -33,12 +35,14 @@ class CleanSet:
         pooled: (n, P) of each tap.
         source: (n,) index of the original a row comes from; its own for the originals.
         originals: how many rows are originals.
+        groups: (originals,) which of them belong together; None where each stands alone.
     """
 
     logits: NDArray[np.float64]
     pooled: list[NDArray[np.float64]]
     source: NDArray[np.int64]
     originals: int
+    groups: NDArray[np.int64] | None = None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -49,7 +53,8 @@ class CleanSet:
         """These (n,) rows, which hold the original of each of their copies."""
         kept = rows[: self.originals]
         source = (np.cumsum(kept) - 1)[self.source[rows]]
-        return CleanSet(self.logits[rows], [tap[rows] for tap in self.pooled], source, int(kept.sum()))
+        groups = None if self.groups is None else self.groups[kept]
+        return CleanSet(self.logits[rows], [tap[rows] for tap in self.pooled], source, int(kept.sum()), groups)
 
 
 def count_independent(source: NDArray[np.int64]) -> int:
@@ -57,8 +62,8 @@ def count_independent(source: NDArray[np.int64]) -> int:
     return min(len(source), 2 * len(np.unique(source)))
 
 
-def drop_repeats(images: NDArray[np.uint8], notify: Callable[[str], None]) -> NDArray[np.uint8]:
-    """Leave out images (N, H, W, C) that repeat an earlier one pixel by pixel.
+def keep_first(images: NDArray[np.uint8], notify: Callable[[str], None]) -> NDArray[np.int64]:
+    """Row numbers of the images (N, H, W, C) that repeat no earlier one pixel by pixel.
 
     A repeat stands on both sides of a split, or in a fold and outside it: calibration would see what was fitted on, and
     false alarms would come several times as often as asked for.
@@ -67,8 +72,23 @@ def drop_repeats(images: NDArray[np.uint8], notify: Callable[[str], None]) -> ND
     first = np.unique(np.array(digests, np.str_), return_index=True)[1]
     if len(first) < len(images):
         notify(f"{len(images) - len(first)} of {len(images)} clean images repeat others pixel by pixel and are left out")
-        return images[np.sort(first)]
-    return images
+    return np.sort(first)
+
+
+def check_groups(groups: NDArray[np.int64], images: int) -> None:
+    """Refuse groups that are not one for each image, or too few to set some aside.
+
+    Raises:
+        OptionError: not (N,) integers.
+        TooFewImagesError: fewer than `FEWEST_GROUPS`.
+    """
+    if groups.shape != (images,) or groups.dtype.kind not in "iu":
+        raise OptionError(f"groups is {groups.dtype} {groups.shape}; give one integer for each of {images} images")
+    if (count := len(np.unique(groups))) < FEWEST_GROUPS:
+        raise TooFewImagesError(
+            f"the clean images are of {count} groups, and whole groups are set aside to calibrate; give images of at least "
+            f"{FEWEST_GROUPS}"
+        )
 
 
 def count_split(images: int, alpha: float) -> int:
@@ -94,14 +114,21 @@ def count_calibration(images: int, alpha: float) -> int:
 
 
 def split_rows(
-    labels: NDArray[np.int64], calibration: int, generator: np.random.Generator
+    labels: NDArray[np.int64], calibration: int, generator: np.random.Generator, groups: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split row numbers into fit and calibration rows, each label in about the same share; both ascending."""
+    """Split row numbers into fit and calibration rows, each label in about the same share; both ascending.
+
+    No group is in both, so those that calibrate are a few more than asked for where the last group asks for it.
+    """
     place = np.empty(len(labels))
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        place[rows] = (np.arange(len(rows)) + generator.random()) / len(rows)
+    for members in shuffle_groups(labels, groups, generator):
+        ends = np.cumsum([len(rows) for rows in members])
+        shift = generator.random()
+        for rows, end in zip(members, ends, strict=True):
+            place[rows] = (end - len(rows) + shift) / ends[-1]
     order = np.argsort(place, kind="stable")
+    if groups is not None:
+        calibration += int((groups[order[calibration:]] == groups[order[calibration - 1]]).sum())
     return np.sort(order[calibration:]), np.sort(order[:calibration])
 
 
@@ -142,6 +169,7 @@ def collect_clean(
     run: Run,
     generator: np.random.Generator,
     copies: int = 1,
+    groups: NDArray[np.int64] | None = None,
 ) -> CleanSet:
     """Add, to what the target makes of the images to fit on, what it makes of so many copies that keep their label."""
 
@@ -157,9 +185,8 @@ def collect_clean(
         source = kept[find_finite([copy_logits[kept], *(tap[kept] for tap in copy_pooled)])]
         parts.append((copy_logits[source], [tap[source] for tap in copy_pooled], source))
     every, taps, sources = zip(*parts, strict=True)
-    return CleanSet(
-        np.concatenate(every), [np.concatenate(tap) for tap in zip(*taps, strict=True)], np.concatenate(sources), len(images)
-    )
+    joined = [np.concatenate(tap) for tap in zip(*taps, strict=True)]
+    return CleanSet(np.concatenate(every), joined, np.concatenate(sources), len(images), groups)
 
 
 def find_finite(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.bool_]:

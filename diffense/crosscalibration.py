@@ -29,7 +29,7 @@ def score_crossed(clean: CleanSet, fit: Callable[[CleanSet], Score], generator: 
         fit: makes a scorer of a part of it.
         generator: of the folds.
     """
-    folds = assign_folds(clean.labels[: clean.originals], FOLDS, generator)
+    folds = assign_folds(clean.labels[: clean.originals], FOLDS, generator, clean.groups)
     scores = np.empty(clean.originals, np.float32)
     # Small products gain nothing by threads, and on cores that others use these wait for each other: minutes for seconds.
     with threadpool_limits(1, "blas"):

@@ -41,6 +41,7 @@ class LatentSet:
         kind: what guides the latents.
         probabilities: whether the logits are a softmax.
         chain_sigma: noise at which the shallower taps are seen.
+        groups: (originals,) which of them belong together; None where each stands alone.
     """
 
     latents: Matrix
@@ -52,6 +53,7 @@ class LatentSet:
     kind: Kind
     probabilities: bool
     chain_sigma: float
+    groups: NDArray[np.int64] | None = None
 
     def fit_linear(self, rows: NDArray[np.bool_], like: Guidance | None = None) -> tuple[Guidance, Chain]:
         """Fit guidance and chain on these rows; with the guidance of the whole set given, their guide is the same."""
@@ -85,7 +87,7 @@ class CrossFit:
     """Every row seen through a chain, and where rows are few a whitening, that was fitted without it.
 
     Attributes:
-        folds: (n,) fold of each row; copies share their original's.
+        folds: (n,) fold of each row; copies share their original's, originals that of their group.
         parts: one a fold.
     """
 
@@ -109,7 +111,7 @@ def cross_fit(
             (docs/decisions/0027). No network can be trained on what it gives: every fold has directions of its own.
     """
     labels = clean.logits[: clean.originals].argmax(axis=1)
-    folds = assign_folds(labels, FOLDS, generator)[clean.source]
+    folds = assign_folds(labels, FOLDS, generator, clean.groups)[clean.source]
     parts = []
     for others in (folds != fold for fold in range(FOLDS)):
         seen = clean

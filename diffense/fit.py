@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import diffense
 from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
-from diffense.clean import drop_repeats
+from diffense.clean import check_groups, keep_first
 from diffense.crosscalibration import FOLDS, score_crossed
 from diffense.graphs import save_graph
 from diffense.guard import Guard
@@ -40,6 +40,7 @@ def fit_guard(
     *,
     preprocessing: Preprocessing | None = None,
     taps: Sequence[str] | None = None,
+    groups: NDArray[np.int64] | None = None,
     settings: FitSettings | None = None,
     notify: Callable[[str], None] = lambda message: None,
     report: Callable[[int, int], None] = ignore_progress,
@@ -52,12 +53,15 @@ def fit_guard(
         out: folder of the bundle; an older bundle there is replaced.
         preprocessing: how pixels become the target's input; pixels/255 by default.
         taps: tensors to tap, instead of those that are found.
+        groups: (N,) integers, the same for images that belong together: frames of one scene, crops of one picture, images of
+            one patient. No group is fitted on and calibrates, or false alarms on new groups would come several times as often
+            as asked for (docs/decisions/0036). None where each image stands alone.
         settings: of the method.
         notify: told, in one line each, what the user should know.
         report: told (step, steps) of the training.
 
     Raises:
-        TooFewImagesError: too few clean images for alpha or for a class.
+        TooFewImagesError: too few clean images for alpha or for a class, or too few groups.
         ImageError: images of a wrong size or type, or one on which the target overflows.
         TargetError: the taps cannot be used.
         OptionError: settings that make no sense.
@@ -65,11 +69,17 @@ def fit_guard(
     """
     settings = settings or FitSettings()
     check_place(out)
-    images = drop_repeats(images, notify)
+    if groups is not None:
+        check_groups(groups, len(images))
+    kept = keep_first(images, notify)
+    if len(kept) < len(images):
+        images, groups = images[kept], None if groups is None else groups[kept]
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
     sigmas = spread_sigmas(settings.sigmas, len(chosen))
-    prepared = prepare_clean(target, images, chosen, preprocessing, settings.alpha, settings.guide, settings.seed, notify)
+    prepared = prepare_clean(
+        target, images, chosen, preprocessing, settings.alpha, settings.guide, settings.seed, notify, groups=groups
+    )
     clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
     all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
     calibration_size = len(calibration_rows)

@@ -65,6 +65,7 @@ def prepare_clean(
     seed: int,
     notify: Callable[[str], None],
     grid: int = GRID,
+    groups: NDArray[np.int64] | None = None,
 ) -> Prepared:
     """Run the target on the clean images, split them, add copies, whiten the taps.
 
@@ -78,6 +79,7 @@ def prepare_clean(
         seed: of split and copies.
         notify: told, in one line each, what the user should know.
         grid: parts of a map each way whose means are read.
+        groups: (N,) which images belong together; None where each stands alone.
 
     Raises:
         TooFewImagesError: too few clean images for alpha or for a class.
@@ -99,9 +101,10 @@ def prepare_clean(
     if calibration_size == len(images):
         fit_rows = calibration_rows = np.arange(len(images))
     else:
-        fit_rows, calibration_rows = split_rows(labels, calibration_size, generator)
+        fit_rows, calibration_rows = split_rows(labels, calibration_size, generator, groups)
     kind = decide_guide(labels[fit_rows], target.classes, guide, notify)
     fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
-    clean = collect_clean(*fitted, run, generator, FEW_COPIES if len(images) < FEW_IMAGES else 1)
+    copies = FEW_COPIES if len(images) < FEW_IMAGES else 1
+    clean = collect_clean(*fitted, run, generator, copies, None if groups is None else groups[fit_rows])
     whitenings, latents = whiten(clean, kind, target.probabilities)
     return Prepared(labels, fit_rows, calibration_rows, clean, whitenings, latents, kind, generator)

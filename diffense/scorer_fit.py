@@ -49,9 +49,8 @@ def fit_scorer(
     """Fit chain, network and clean statistics; the scorer is not calibrated yet."""
     width = latents.shape[1] // len(sigmas[0])
     used = latents.any(axis=0)
-    latent_set = LatentSet(
-        latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
-    )
+    chained = used, width, kind, probabilities, settings.chain_sigma
+    latent_set = LatentSet(latents, clean.logits, clean.source, clean.originals, *chained, clean.groups)
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
     rewhiten: Rewhiten | None = None
     if clean.originals < FEWEST_ROWS and settings.network != "on":  # a network learns in one set of directions

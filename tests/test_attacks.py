@@ -110,6 +110,19 @@ def test_hidden_trigger_poisons_leave_their_class_its_clean_images(monkeypatch):
     assert (seen["labels"][~poisoned] == attack.target).sum() == held - poisoned.sum()
 
 
+def test_a_hidden_triggers_last_layer_starts_anew_and_nothing_else_changes():
+    attack, network, train = make_attack("htba", SPEC, 0), NETWORKS["small_cnn"](3, 4, 16).eval(), make_split().train
+    body = {name: value.clone() for name, value in network.state_dict().items() if not name.startswith("head")}
+    with torch.no_grad():
+        network.head.weight.fill_(torch.nan)
+    attack.tune_head(network, train.pixels, train.labels, np.random.default_rng(0))
+    assert bool(torch.isfinite(network.head.weight).all())
+    assert all(bool((network.state_dict()[name] == value).all()) for name, value in body.items())
+    first, generator = network.head.weight.clone(), torch.random.get_rng_state()
+    attack.tune_head(network, train.pixels, train.labels, np.random.default_rng(0))
+    assert bool((network.head.weight == first).all()) and bool((torch.random.get_rng_state() == generator).all())
+
+
 def test_greedy_pairs_take_each_once_and_the_nearest_first():
     distances = torch.tensor([[1.0, 0.5, 9.0], [0.2, 0.1, 9.0], [3.0, 4.0, 5.0]])
     assert htba.pair_greedily(distances).tolist() == [0, 1, 2]

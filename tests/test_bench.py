@@ -228,7 +228,9 @@ def make_row(**changes):
         "fpr_at_1": 0.01, "fpr_at_5": 0.05,
         "network": {"used": True}, "commit": "b6940aa", "machine": "m", "peers": {},
     }  # fmt: skip
-    return row | changes
+    row |= changes
+    cell = targets.Cell(row["dataset"], row["attack"], row["target"], row["seed"])
+    return {"recipe": cell.recipe_hash} | row
 
 
 def test_rows_of_another_target_are_not_shown_as_seeds_of_the_cell():
@@ -250,6 +252,17 @@ def test_what_an_older_revision_of_a_peer_gave_is_marked_counts_for_nothing_and_
     monkeypatch.setattr(matrix, "read_rows", lambda path: rows)
     cells = [targets.make_cell("cifar10", attack) for attack in ("wanet", "idba")]
     assert matrix.find_missing(cells, ["ted"]) == [(cells[0], ["ted"])]
+
+
+def test_a_cell_whose_target_is_made_otherwise_now_is_marked_and_measured_again(monkeypatch):
+    old, new = make_row(recipe="0" * 12), make_row(attack="idba")
+    unknown = {name: value for name, value in make_row(attack="issba").items() if name != "recipe"}
+    assert [tables.name_cell(row) for row in (old, unknown, new)] == ["CIFAR-10, WaNet‡", "CIFAR-10, ISSBA‡", "CIFAR-10, IDBA"]
+    monkeypatch.setattr(matrix, "read_rows", lambda path: [old, new, unknown])
+    cells = [targets.make_cell("cifar10", attack) for attack in ("wanet", "idba", "issba")]
+    assert [cell.attack for cell, _ in matrix.find_missing(cells, [])] == ["wanet", "issba"]
+    monkeypatch.setattr(targets, "RECIPE", targets.RECIPE + 1)
+    assert [cell.attack for cell, _ in matrix.find_missing(cells, [])] == ["wanet", "idba", "issba"]
 
 
 def test_pairs_of_hidden_triggers_have_one_clean_network_and_a_mean():

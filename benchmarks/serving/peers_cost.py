@@ -15,13 +15,12 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.evaluation import Evaluated, fit_cell, prepare_cell
-from benchmarks.inspection import inspect_images, score_inspected, take
+from benchmarks.inspection import inspect_images, score_inspected, split_defender, take
 from benchmarks.peers import make_peer
 from benchmarks.peers.base import Inspected, Model
 from benchmarks.records import PEERS_COST, Row, read_rows, write_row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import make_cell
-from diffense.clean import count_split, split_rows
 from diffense.errors import DiffenseError
 from diffense.graphs import open_session
 from diffense.guard import Guard
@@ -73,9 +72,7 @@ def measure_guard(found: Evaluated, guard: Guard) -> Row:
 
 def measure_peer(found: Evaluated, guard: Guard, name: str) -> Row:
     """A rival, given the prediction and the guard's latents; its own passes are what counts."""
-    defender = inspect_images(guard, found.clean.pixels)
-    generator = np.random.default_rng(guard.manifest.seed)
-    rows, _ = split_rows(defender.predicted, count_split(len(found.clean), guard.manifest.alpha), generator)
+    defender, rows, _ = split_defender(guard, found.clean)
     peer, model = make_peer(name), Model(found.target.network, found.target.cell.spec.classes)
     peer.fit(model, take(defender, rows), found.clean.labels[rows])
     views = cut_batches(inspect_images(guard, found.evaluation.pixels[: BATCH * BATCHES]))
