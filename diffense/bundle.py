@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffense.calibration import bound_false_alarms, check_alpha
-from diffense.clean import keep_first
+from diffense.clean import check_groups, drop_repeats
 from diffense.errors import BundleError
 from diffense.guard import Guard
 from diffense.manifest import Manifest, hash_file, write_manifest
@@ -66,8 +66,8 @@ def write_scorer(folder: Path, scorer: Scorer, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> None:
-    """Calibrate the bundle in `folder`, in place, with clean images that were used for nothing else.
+def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float, groups: NDArray[np.int64] | None = None) -> None:
+    """Calibrate the bundle in `folder`, in place, with clean images that were used for nothing else; and their groups.
 
     The scores come from the bundle as it will be loaded, so that later ones compare with them exactly.
 
@@ -79,12 +79,13 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float) -> N
     check_alpha(alpha, len(images))
     guard = Guard.load(folder)
     scorer = replace(guard.scorer, calibration=np.sort(guard.score(images).scores))
+    count = None if groups is None else len(np.unique(groups))
     changes = {
         "alpha": alpha,
         "calibration_size": len(images),
         "crossed": False,
-        "clean": guard.manifest.clean.model_copy(update={"calibrated": len(images)}),
-        "false_alarm_interval": bound_false_alarms(len(images), alpha),
+        "clean": guard.manifest.clean.model_copy(update={"calibrated": len(images), "calibrated_groups": count}),
+        "false_alarm_interval": bound_false_alarms(len(images), alpha, groups=count),
     }
     write_scorer(folder, scorer, guard.manifest.model_copy(update=changes))
 
@@ -95,6 +96,7 @@ def recalibrate(
     alpha: float,
     out: Path,
     notify: Callable[[str], None] = lambda message: None,
+    groups: NDArray[np.int64] | None = None,
 ) -> Guard:
     """Copy a guard to `out` (or over itself) with a new calibration and nothing refitted.
 
@@ -104,18 +106,22 @@ def recalibrate(
         alpha: false-alarm rate that is asked for.
         out: folder of the new bundle.
         notify: told, in one line, how many images repeat others and are left out.
+        groups: (N,) which images belong together, as in `fit_guard`; they widen the interval alone.
 
     Raises:
         TooFewImagesError, OptionError, ImageError: as `calibrate_bundle`.
         BundleError: `out` cannot be written.
     """
+    if images is not None and groups is not None:
+        check_groups(groups, len(images))
     with write_bundle(out) as folder:
         for name in (*guard.manifest.files, MANIFEST_FILE):
             shutil.copyfile(guard.directory / name, folder / name)
         if images is None:
             set_alpha(folder, alpha)
         else:
-            calibrate_bundle(folder, images[keep_first(images, notify)], alpha)
+            images, groups = drop_repeats(images, groups, notify)
+            calibrate_bundle(folder, images, alpha, groups)
     return Guard.load(out)
 
 
@@ -129,7 +135,7 @@ def set_alpha(folder: Path, alpha: float) -> None:
     guard = Guard.load(folder)
     size = guard.manifest.calibration_size
     check_alpha(alpha, size)
-    low, high = bound_false_alarms(size, alpha)
+    low, high = bound_false_alarms(size, alpha, groups=guard.manifest.clean.calibrated_groups)
     interval = (0.0 if guard.manifest.crossed else low, high)
     changes = {"alpha": alpha, "false_alarm_interval": interval}
     write_scorer(folder, guard.scorer, guard.manifest.model_copy(update=changes))

@@ -78,17 +78,28 @@ def find_threshold(calibration: NDArray[np.float32], alpha: float) -> float:
     return float(calibration[len(calibration) - count_allowed(alpha, len(calibration))])
 
 
-def bound_false_alarms(calibration_size: int, alpha: float, confidence: float = 0.9) -> tuple[float, float]:
+def bound_false_alarms(
+    calibration_size: int, alpha: float, confidence: float = 0.9, groups: int | None = None
+) -> tuple[float, float]:
     """Give the central interval of the realised false-alarm rate over draws of the calibration set.
 
     With continuous scores the rate is Beta(k, n + 1 - k), ``k = floor(alpha (n + 1))`` (Vovk 2012, arXiv 1209.2673).
+
+    Args:
+        calibration_size: n.
+        alpha: false-alarm rate that was asked for.
+        confidence: of the interval.
+        groups: how many groups the images are of, where they belong together. The interval is then that of so many images,
+            as if all of a group had one score, with ``k = alpha (groups + 1)``: it is too wide rather than too narrow.
 
     Returns:
         Lower and upper end, as rates.
     """
     from scipy.stats import beta
 
-    k = count_allowed(alpha, calibration_size)
+    size, k = float(calibration_size), float(count_allowed(alpha, calibration_size))
+    if groups is not None and groups < calibration_size:
+        size, k = float(groups), alpha * (groups + 1)
     tail = (1.0 - confidence) / 2.0
-    low, high = beta.ppf([tail, 1.0 - tail], k, calibration_size + 1 - k)
+    low, high = beta.ppf([tail, 1.0 - tail], k, size + 1 - k)
     return float(low), float(high)

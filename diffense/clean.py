@@ -62,8 +62,10 @@ def count_independent(source: NDArray[np.int64]) -> int:
     return min(len(source), 2 * len(np.unique(source)))
 
 
-def keep_first(images: NDArray[np.uint8], notify: Callable[[str], None]) -> NDArray[np.int64]:
-    """Row numbers of the images (N, H, W, C) that repeat no earlier one pixel by pixel.
+def drop_repeats(
+    images: NDArray[np.uint8], groups: NDArray[np.int64] | None, notify: Callable[[str], None]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    """Leave out images (N, H, W, C) that repeat an earlier one pixel by pixel, and their places in the groups (N,).
 
     A repeat stands on both sides of a split, or in a fold and outside it: calibration would see what was fitted on, and
     false alarms would come several times as often as asked for.
@@ -72,7 +74,9 @@ def keep_first(images: NDArray[np.uint8], notify: Callable[[str], None]) -> NDAr
     first = np.unique(np.array(digests, np.str_), return_index=True)[1]
     if len(first) < len(images):
         notify(f"{len(images) - len(first)} of {len(images)} clean images repeat others pixel by pixel and are left out")
-    return np.sort(first)
+        kept = np.sort(first)
+        return images[kept], None if groups is None else groups[kept]
+    return images, groups
 
 
 def check_groups(groups: NDArray[np.int64], images: int) -> None:
@@ -127,7 +131,7 @@ def split_rows(
         for rows, end in zip(members, ends, strict=True):
             place[rows] = (end - len(rows) + shift) / ends[-1]
     order = np.argsort(place, kind="stable")
-    if groups is not None:
+    if groups is not None and calibration:
         calibration += int((groups[order[calibration:]] == groups[order[calibration - 1]]).sum())
     return np.sort(order[calibration:]), np.sort(order[:calibration])
 

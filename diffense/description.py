@@ -59,7 +59,8 @@ class GuardDescription(BaseModel):
         """Name -> text of what a user asks first."""
         m = self.manifest
         low, high = m.false_alarm_interval
-        same = ", the same ones by folds" if m.crossed else ""
+        same = "" if m.clean.calibrated_groups is None else f" of {m.clean.calibrated_groups} groups"
+        same += ", the same ones by folds" if m.crossed else ""
         learned = f"; {m.network.left_out} images and copies not learned from" if m.network.left_out is not None else ""
         sigmas = ", ".join(str(row[0]) if len(set(row)) == 1 else str(list(row)) for row in m.sampling.sigmas)
         return {

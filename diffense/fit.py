@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import diffense
 from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
 from diffense.calibration import bound_false_alarms
-from diffense.clean import check_groups, keep_first
+from diffense.clean import check_groups, drop_repeats
 from diffense.crosscalibration import FOLDS, score_crossed
 from diffense.graphs import save_graph
 from diffense.guard import Guard
@@ -71,9 +71,7 @@ def fit_guard(
     check_place(out)
     if groups is not None:
         check_groups(groups, len(images))
-    kept = keep_first(images, notify)
-    if len(kept) < len(images):
-        images, groups = images[kept], None if groups is None else groups[kept]
+    images, groups = drop_repeats(images, groups, notify)
     preprocessing = preprocessing or default_preprocessing(target)
     chosen = target.choose_taps(taps)
     sigmas = spread_sigmas(settings.sigmas, len(chosen))
@@ -83,7 +81,9 @@ def fit_guard(
     clean, latents, whitenings, kind = prepared.clean, prepared.latents, prepared.whitenings, prepared.kind
     all_labels, calibration_rows = prepared.labels, prepared.calibration_rows
     calibration_size = len(calibration_rows)
-    low, high = bound_false_alarms(calibration_size, settings.alpha)
+    calibration_groups = None if groups is None else groups[calibration_rows]
+    group_count = None if calibration_groups is None else len(np.unique(calibration_groups))
+    low, high = bound_false_alarms(calibration_size, settings.alpha, groups=group_count)
     low = 0.0 if prepared.crossed else low  # a fold's scorer has seen less than the guard and tends to score higher
     latent_set, scorer, weights, network = fit_scorer(
         clean, latents, kind, target.probabilities, sigmas, settings, prepared.generator, report
@@ -136,6 +136,7 @@ def fit_guard(
                 fitted=clean.originals,
                 copies=len(clean.source) - clean.originals,
                 calibrated=calibration_size,
+                calibrated_groups=group_count,
                 per_class_fewest=int(np.bincount(all_labels, minlength=target.classes).min()),
                 classes_never_predicted=tuple(
                     int(c) for c in np.flatnonzero(np.bincount(all_labels, minlength=target.classes) == 0)
@@ -159,8 +160,9 @@ def fit_guard(
             write_scorer(folder, replace(scorer, calibration=np.sort(scores)), manifest)
         else:
             write_scorer(folder, scorer, manifest)
-            calibrate_bundle(folder, images[calibration_rows], settings.alpha)
-    how = ", each scored by a fit without it" if prepared.crossed else ""
+            calibrate_bundle(folder, images[calibration_rows], settings.alpha, calibration_groups)
+    how = "" if group_count is None else f" of {group_count} groups"
+    how += ", each scored by a fit without it" if prepared.crossed else ""
     notify(
         f"calibrated on {calibration_size} images{how}: at alpha {settings.alpha:g} the false-alarm rate will lie between "
         f"{low:.2%} and {high:.2%} (90 % interval)"

@@ -76,12 +76,13 @@ class NetworkReport(Part):
 
 
 class CleanReport(Part):
-    """How the clean images were used."""
+    """How the clean images were used; of how many groups those that calibrate are, where images belong together."""
 
     given: int
     fitted: int
     copies: int
     calibrated: int
+    calibrated_groups: int | None = None
     per_class_fewest: int
     classes_never_predicted: tuple[int, ...]
     guide: Literal["label", "logits"]

@@ -1,7 +1,12 @@
 """Texts of the command line -> values; a wrong one names its option."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffense.errors import OptionError
 
@@ -55,3 +60,23 @@ def parse_counts(option: str, text: str) -> list[int]:
 def parse_names(text: str | None) -> list[str] | None:
     """``"a,b"`` -> names; None stays None."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def group_names(pattern: str, names: Sequence[str]) -> NDArray[np.int64]:
+    """Number names by a part of each: (N,), the same for those that agree in it.
+
+    Args:
+        pattern: regular expression, searched in each name; its first group, or all that it matches, is the part.
+        names: of the images.
+
+    Raises:
+        OptionError: it is no regular expression, or a name has no such part.
+    """
+    try:
+        found = [re.search(pattern, name) for name in names]
+    except re.error as error:
+        raise OptionError(f"--groups {pattern!r} is no regular expression ({error})") from error
+    parts = [match and (match[1] if match.re.groups else match[0]) for match in found]
+    if None in parts:
+        raise OptionError(f"--groups {pattern!r} is not found in {names[parts.index(None)]!r}; every image needs a group")
+    return np.unique(np.array(parts, np.str_), return_inverse=True)[1].astype(np.int64)

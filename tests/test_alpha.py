@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from diffense.calibration import (
     bound_false_alarms,
@@ -106,6 +107,19 @@ def test_the_interval_holds_the_realised_rate_as_often_as_it_says(n: int, alpha:
         assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(confidence, abs=0.03)
         assert np.mean(rates < low) == pytest.approx((1 - confidence) / 2, abs=0.02)
     assert rates.mean() == pytest.approx(math.floor(alpha * (n + 1) + 1e-9) / (n + 1), rel=0.05)
+
+
+def test_the_interval_of_groups_is_that_of_as_many_images_or_wider_than_it_says() -> None:
+    generator = np.random.default_rng(3)
+    low, high = bound_false_alarms(990, 0.05, groups=99)
+    assert (low, high) == pytest.approx(bound_false_alarms(99, 0.05))
+    assert bound_false_alarms(99, 0.05, groups=99) == bound_false_alarms(99, 0.05)
+    for spread in (0.0, 1.0, 10.0):  # of a group's scores, beside that of the groups' means
+        means, noise = generator.normal(size=(2000, 99, 1)), generator.normal(size=(2000, 99, 10))
+        scores = np.sort((means + spread * noise).reshape(2000, 990), axis=1).astype(np.float32)
+        rates = norm.sf([find_threshold(row, 0.05) for row in scores], scale=np.hypot(1.0, spread))
+        assert np.mean((rates >= low) & (rates <= high)) > 0.87
+    assert np.isfinite(bound_false_alarms(500, 0.01, groups=20)).all()
 
 
 def test_an_alpha_next_to_one_flags_all_but_the_lowest() -> None:

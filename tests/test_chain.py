@@ -122,6 +122,19 @@ def test_folds_are_even_within_each_group_and_over_all(groups: list[int], folds:
         assert counts.sum() == len(rows) and counts.max() - counts.min() <= 1
 
 
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), min_size=1, max_size=80), st.integers(0, 99))
+def test_rows_of_one_group_share_their_fold(members: list[tuple[int, int]], seed: int) -> None:
+    labels, groups = (np.array(column) for column in zip(*members, strict=True))
+    assigned = assign_folds(labels, 3, np.random.default_rng(seed), groups)
+    folds = [set(assigned[groups == group]) for group in set(groups)]
+    assert all(len(found) == 1 for found in folds)
+    counts = np.bincount([found.pop() for found in folds], minlength=3)
+    assert counts.max() - counts.min() <= 1
+    alone = assign_folds(labels, 3, np.random.default_rng(seed), np.arange(len(labels)))
+    assert np.array_equal(alone, assign_folds(labels, 3, np.random.default_rng(seed)))
+
+
 def test_folds_are_shuffled_by_the_generator() -> None:
     groups = np.arange(400) % 4
     first, again, other = (assign_folds(groups, 5, np.random.default_rng(seed)) for seed in (0, 0, 1))

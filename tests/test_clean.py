@@ -8,7 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffense.calibration import needed_images
-from diffense.clean import FEW_IMAGES, FEWEST_FIT_IMAGES, FEWEST_IMAGES, count_calibration, decide_guide, split_rows
+from diffense.clean import (
+    FEW_IMAGES,
+    FEWEST_FIT_IMAGES,
+    FEWEST_IMAGES,
+    check_groups,
+    count_calibration,
+    decide_guide,
+    split_rows,
+)
 from diffense.errors import OptionError, TooFewImagesError
 from diffense.guidance import FEWEST_PER_CLASS
 
@@ -78,6 +86,28 @@ def test_every_label_is_split_in_the_same_share(labels: list[int], share: float,
     assert (np.diff(fit) > 0).all() and (np.diff(kept) > 0).all()
     counts = [(np.sum(all_labels[kept] == label), np.sum(all_labels == label)) for label in set(labels)]
     assert max((k - 1) / n for k, n in counts) < min((k + 1) / n for k, n in counts)  # each within one of a common share
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1, max_size=200), st.floats(0, 1), st.integers(0, 99)
+)
+def test_no_group_is_split(members: list[tuple[int, int]], share: float, seed: int) -> None:
+    labels, groups = (np.array(column) for column in zip(*members, strict=True))
+    wanted = round(share * len(labels))
+    fit, kept = split_rows(labels, wanted, np.random.default_rng(seed), groups)
+    assert sorted([*fit, *kept]) == list(range(len(labels))) and not set(groups[fit]) & set(groups[kept])
+    assert wanted <= len(kept) < wanted + np.bincount(groups).max()
+    alone = split_rows(labels, wanted, np.random.default_rng(seed), np.arange(len(labels)))
+    assert all(map(np.array_equal, alone, split_rows(labels, wanted, np.random.default_rng(seed))))
+
+
+def test_groups_that_do_not_fit_the_images_or_are_too_few_are_refused() -> None:
+    check_groups(np.arange(60) // 3, 60)
+    for groups in (np.arange(59), np.arange(60) / 2, np.zeros((60, 1), int)):
+        with pytest.raises(OptionError, match="one integer for each of 60 images"):
+            check_groups(groups, 60)
+    with pytest.raises(TooFewImagesError, match=r"of 19 groups.*at least 20"):
+        check_groups(np.arange(60) % 19, 60)
 
 
 def test_the_split_is_drawn_by_the_generator() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 import onnx_models
 import shapes
 from diffense.bundle import recalibrate, write_bundle
-from diffense.clean import keep_first
+from diffense.clean import drop_repeats
 from diffense.errors import BundleError, ImageError, TooFewImagesError
 from diffense.fit import fit_guard
 from diffense.guard import Guard
@@ -24,10 +24,12 @@ from diffense.target import Target
 def test_repeats_are_left_out_and_counted():
     images = shapes.draw_shapes(50, seed=3)[0]
     said: list[str] = []
-    assert np.array_equal(keep_first(np.concatenate([images, images[::-1], images[:3]]), said.append), np.arange(50))
+    groups = np.arange(103)
+    kept, left = drop_repeats(np.concatenate([images, images[::-1], images[:3]]), groups, said.append)
+    assert np.array_equal(kept, images) and left is not None and left.tolist() == list(range(50))
     assert said == ["53 of 103 clean images repeat others pixel by pixel and are left out"]
-    assert np.array_equal(keep_first(images, said.append), np.arange(50)) and len(said) == 1
-    assert len(keep_first(images[:0], said.append)) == 0
+    assert drop_repeats(images, None, said.append)[0] is images and len(said) == 1
+    assert len(drop_repeats(images[:0], None, said.append)[0]) == 0
 
 
 def test_images_that_are_given_twice_change_nothing(small_target, tmp_path):

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diffense.cli.notes import note_skipped
+from diffense.cli.notes import GROUPS_HELP, note_skipped
 from diffense.errors import OptionError
+from diffense.options import group_names
 
 
 def command(
@@ -16,6 +17,7 @@ def command(
         Path | None, typer.Argument(help="Clean images that the guard was not fitted on; without them --alpha alone changes.")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="False-alarm rate you accept; the guard's own by default.")] = None,
+    groups: Annotated[str | None, typer.Option(help=GROUPS_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new guard; the old one is replaced by default.")] = None,
 ) -> None:
     """Calibrate a guard anew, on other clean images or for another alpha."""
@@ -25,14 +27,16 @@ def command(
 
     if clean is None and alpha is None:
         raise OptionError("there is nothing to change; give clean images, --alpha, or both")
-    loaded, console, pixels = Guard.load(guard), Console(stderr=True), None
+    loaded, console, pixels, numbers = Guard.load(guard), Console(stderr=True), None, None
     if clean is not None:
         images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
         note_skipped(console, images)
-        pixels = images.pixels
+        pixels, numbers = images.pixels, None if groups is None else group_names(groups, images.names)
     place = out or guard
     wanted = loaded.manifest.alpha if alpha is None else alpha
-    renewed = recalibrate(loaded, pixels, wanted, place, lambda said: console.print(said, markup=False, highlight=False))
+    renewed = recalibrate(
+        loaded, pixels, wanted, place, lambda said: console.print(said, markup=False, highlight=False), numbers
+    )
     made = renewed.manifest
     low, high = made.false_alarm_interval
     print(

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffense.cli.notes import note_skipped
+from diffense.cli.notes import GROUPS_HELP, note_skipped
 from diffense.errors import OptionError
-from diffense.options import parse_floats, parse_names, parse_size
+from diffense.options import group_names, parse_floats, parse_names, parse_size
 
 
 class Network(StrEnum):
@@ -54,6 +54,7 @@ def command(
     mean: Annotated[str | None, typer.Option(help="Subtracted after scaling; one number or one a channel.")] = None,
     std: Annotated[str | None, typer.Option(help="Divided by after the mean; one number or one a channel.")] = None,
     layout: Annotated[Layout | None, typer.Option(help="Layout of the graph's input, where it is ambiguous.")] = None,
+    groups: Annotated[str | None, typer.Option(help=GROUPS_HELP)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of split, noise bank and training.")] = 0,
     sigmas: Annotated[str | None, typer.Option(help="Noise levels, comma-separated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoiser calls in sequence.")] = 1,
@@ -103,6 +104,7 @@ def command(
             out,
             preprocessing=preprocessing,
             taps=parse_names(taps),
+            groups=None if groups is None else group_names(groups, loaded.names),
             settings=settings,
             notify=lambda message: console.print(message, markup=False, highlight=False),
             report=lambda step, total: bar.update(task, completed=step, total=total, visible=True),

@@ -1,6 +1,6 @@
 """What several commands tell on standard error."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
@@ -8,6 +8,10 @@ from diffense.text import printable
 
 if TYPE_CHECKING:
     from diffense.images import Images
+
+GROUPS_HELP: Final = (
+    "Regular expression: images belong together (frames of a scene) whose names below the folder agree in its first group."
+)
 
 
 def note_skipped(console: Console, images: "Images") -> None:
