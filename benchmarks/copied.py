@@ -40,7 +40,7 @@ def add_copies(guard: Guard, clean: Inspected) -> tuple[Inspected, NDArray[np.in
         sources.append(source)
     source = np.concatenate(sources)
     images, logits, latents = (np.concatenate([getattr(v, name) for v in views]) for name in ("images", "logits", "latents"))
-    return Inspected(images, logits, latents, source, clean.groups), source
+    return Inspected(images, logits, latents, source), source
 
 
 def measure_cell(cell: Cell, peers: Sequence[str], progress: Callable[[str], None]) -> Row:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.calibration import bound_false_alarms, check_alpha
+from diffense.calibration import bound_false_alarms, check_alpha, count_groups_once
 from diffense.clean import check_groups, drop_repeats
 from diffense.errors import BundleError
 from diffense.guard import Guard
@@ -67,7 +67,7 @@ def write_scorer(folder: Path, scorer: Scorer, manifest: Manifest) -> Manifest:
 
 
 def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float, groups: NDArray[np.int64] | None = None) -> None:
-    """Calibrate the bundle in `folder`, in place, with clean images that were used for nothing else; and their groups.
+    """Calibrate the bundle in `folder`, in place, with clean images that were used for nothing else, each group counted once.
 
     The scores come from the bundle as it will be loaded, so that later ones compare with them exactly.
 
@@ -78,11 +78,11 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float, grou
     """
     check_alpha(alpha, len(images))
     guard = Guard.load(folder)
-    scorer = replace(guard.scorer, calibration=np.sort(guard.score(images).scores))
+    scorer = replace(guard.scorer, calibration=count_groups_once(guard.score(images).scores, groups))
     count = None if groups is None else len(np.unique(groups))
     changes = {
         "alpha": alpha,
-        "calibration_size": len(images),
+        "calibration_size": len(scorer.calibration),
         "crossed": False,
         "clean": guard.manifest.clean.model_copy(update={"calibrated": len(images), "calibrated_groups": count}),
         "false_alarm_interval": bound_false_alarms(len(images), alpha, groups=count),

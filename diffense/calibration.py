@@ -78,6 +78,25 @@ def find_threshold(calibration: NDArray[np.float32], alpha: float) -> float:
     return float(calibration[len(calibration) - count_allowed(alpha, len(calibration))])
 
 
+def count_groups_once(scores: NDArray[np.float32], groups: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """Give each group the same number of scores, so that a long scene says no more than a short one; all ascending.
+
+    A new input is of a new group, and groups are what is exchangeable (Lee, Barber and Willett 2023, arXiv 2306.06342). Each
+    gets as many as the mean group has, evenly spread over its own.
+
+    Args:
+        scores: (n,) of clean images.
+        groups: (n,) which of them belong together; None where each stands alone.
+    """
+    if groups is None:
+        return np.sort(scores)
+    numbers = np.unique(groups)
+    each = len(scores) // len(numbers)
+    places = (np.arange(each) + 0.5) / each
+    owned = (np.sort(scores[groups == number]) for number in numbers)
+    return np.sort(np.concatenate([own[(places * len(own)).astype(np.int64)] for own in owned]))
+
+
 def bound_false_alarms(
     calibration_size: int, alpha: float, confidence: float = 0.9, groups: int | None = None
 ) -> tuple[float, float]:

@@ -122,14 +122,15 @@ def split_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split row numbers into fit and calibration rows, each label in about the same share; both ascending.
 
-    No group is in both, so those that calibrate are a few more than asked for where the last group asks for it.
+    No group is in both, so those that calibrate are a few more than asked for where the last group asks for it. A group stands
+    where its middle row does: the only group of a label is fitted on.
     """
     place = np.empty(len(labels))
     for members in shuffle_groups(labels, groups, generator):
         ends = np.cumsum([len(rows) for rows in members])
         shift = generator.random()
         for rows, end in zip(members, ends, strict=True):
-            place[rows] = (end - len(rows) + shift) / ends[-1]
+            place[rows] = (end - (len(rows) + 1) / 2 + shift) / ends[-1]
     order = np.argsort(place, kind="stable")
     if groups is not None and calibration:
         calibration += int((groups[order[calibration:]] == groups[order[calibration - 1]]).sum())

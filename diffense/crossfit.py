@@ -41,7 +41,6 @@ class LatentSet:
         kind: what guides the latents.
         probabilities: whether the logits are a softmax.
         chain_sigma: noise at which the shallower taps are seen.
-        groups: (originals,) which of them belong together; None where each stands alone.
     """
 
     latents: Matrix
@@ -53,7 +52,6 @@ class LatentSet:
     kind: Kind
     probabilities: bool
     chain_sigma: float
-    groups: NDArray[np.int64] | None = None
 
     def fit_linear(self, rows: NDArray[np.bool_], like: Guidance | None = None) -> tuple[Guidance, Chain]:
         """Fit guidance and chain on these rows; with the guidance of the whole set given, their guide is the same."""
@@ -100,6 +98,7 @@ def cross_fit(
     whole: Guidance,
     generator: np.random.Generator,
     rewhiten: Rewhiten | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> CrossFit:
     """Fit guidance and chain once for each fold, on the rows of the others, with the guide of the `whole`.
 
@@ -109,9 +108,10 @@ def cross_fit(
         generator: of the folds.
         rewhiten: without it a fold is whitened with the others, which misjudges it where rows are few
             (docs/decisions/0027). No network can be trained on what it gives: every fold has directions of its own.
+        groups: (originals,) which of them share a fold; None where each stands alone.
     """
     labels = clean.logits[: clean.originals].argmax(axis=1)
-    folds = assign_folds(labels, FOLDS, generator, clean.groups)[clean.source]
+    folds = assign_folds(labels, FOLDS, generator, groups)[clean.source]
     parts = []
     for others in (folds != fold for fold in range(FOLDS)):
         seen = clean

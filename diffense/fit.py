@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import diffense
 from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
-from diffense.calibration import bound_false_alarms
+from diffense.calibration import bound_false_alarms, count_groups_once
 from diffense.clean import check_groups, drop_repeats
 from diffense.crosscalibration import FOLDS, score_crossed
 from diffense.graphs import save_graph
@@ -157,7 +157,9 @@ def fit_guard(
             notify(f"too few images to set some aside: calibrating by {FOLDS} fits, each without a tenth of them")
             parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
             scores = score_crossed(clean, parts, prepared.generator)
-            write_scorer(folder, replace(scorer, calibration=np.sort(scores)), manifest)
+            calibration = count_groups_once(scores, calibration_groups)
+            manifest = manifest.model_copy(update={"calibration_size": len(calibration)})
+            write_scorer(folder, replace(scorer, calibration=calibration), manifest)
         else:
             write_scorer(folder, scorer, manifest)
             calibrate_bundle(folder, images[calibration_rows], settings.alpha, calibration_groups)

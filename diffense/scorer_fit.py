@@ -49,14 +49,20 @@ def fit_scorer(
     """Fit chain, network and clean statistics; the scorer is not calibrated yet."""
     width = latents.shape[1] // len(sigmas[0])
     used = latents.any(axis=0)
-    chained = used, width, kind, probabilities, settings.chain_sigma
-    latent_set = LatentSet(latents, clean.logits, clean.source, clean.originals, *chained, clean.groups)
+    latent_set = LatentSet(
+        latents, clean.logits, clean.source, clean.originals, used, width, kind, probabilities, settings.chain_sigma
+    )
     whole = latent_set.fit_linear(np.ones(len(latents), bool))
     rewhiten: Rewhiten | None = None
     if clean.originals < FEWEST_ROWS and settings.network != "on":  # a network learns in one set of directions
         widths = [max(1, int(directions.sum())) for directions in used.reshape(-1, width)]
         rewhiten = partial(whiten_by, clean, widths=widths, width=width, kind=kind, probabilities=probabilities)
     crossed = cross_fit(latent_set, whole[0], generator, rewhiten)
+    # A network learns the scenes that it has seen by heart, so it is judged, and used, by rows of others. The closed form does
+    # not; and without one of a label's two or three groups it is less sure of the label than the guard will be.
+    judged = crossed
+    if clean.groups is not None and settings.network != "off" and rewhiten is None:
+        judged = cross_fit(latent_set, whole[0], generator, groups=clean.groups)
     noise = draw_noise(len(sigmas), settings.draws, latents.shape[1], settings.seed) * used
     formula = Formula(
         guidance=whole[0],
@@ -71,16 +77,16 @@ def fit_scorer(
     )
     weights, network = learn_network(
         latent_set,
-        crossed,
+        judged,
         whole[0],
         sigmas,
         settings,
         report,
-        partial(choose_typical, latent_set, crossed, formula),
+        partial(choose_typical, latent_set, judged, formula),
     )
     denoise = None if weights is None else open_denoiser(build_network(weights, sigmas, width, settings))
     originals = np.arange(len(latents)) < clean.originals
-    reference = measure_reference(latent_set, crossed, formula, denoise, originals)
+    reference = measure_reference(latent_set, judged if network.used else crossed, formula, denoise, originals)
     allowance, rule = fit_statistics(reference, formula, network.used)
     formula = replace(formula, allowance=allowance)
     scorer = Scorer(formula, rule, used, np.zeros(1, np.float32), settings.alpha, network.used)

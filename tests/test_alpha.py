@@ -14,6 +14,7 @@ from diffense.calibration import (
     bound_false_alarms,
     check_alpha,
     count_allowed,
+    count_groups_once,
     find_threshold,
     flag,
     needed_images,
@@ -107,6 +108,20 @@ def test_the_interval_holds_the_realised_rate_as_often_as_it_says(n: int, alpha:
         assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(confidence, abs=0.03)
         assert np.mean(rates < low) == pytest.approx((1 - confidence) / 2, abs=0.02)
     assert rates.mean() == pytest.approx(math.floor(alpha * (n + 1) + 1e-9) / (n + 1), rel=0.05)
+
+
+def test_every_group_counts_once() -> None:
+    scores, groups = np.arange(12, dtype=np.float32), np.array([4, 4, 4, 4, 4, 4, 4, 4, 9, 9, 9, 0])
+    assert count_groups_once(scores, groups).tolist() == [1, 3, 5, 7, 8, 9, 9, 10, 11, 11, 11, 11]
+    assert count_groups_once(scores[::-1].copy(), None).tolist() == count_groups_once(scores, np.arange(12)).tolist()
+    generator = np.random.default_rng(4)
+    realised = []
+    for _ in range(2000):  # a long scene is as strange as its mean; a new input is of a new scene
+        sizes = generator.integers(1, 40, 99)
+        numbers, means = np.repeat(np.arange(99), sizes), generator.normal(size=99)
+        known = count_groups_once(means[numbers].astype(np.float32), numbers)
+        realised.append(norm.sf(find_threshold(known, 0.05)))
+    assert np.mean(realised) == pytest.approx(0.05, rel=0.1)
 
 
 def test_the_interval_of_groups_is_that_of_as_many_images_or_wider_than_it_says() -> None:

@@ -34,14 +34,12 @@ class Inspected:
         latents: (N, K, d) the guard's own whitened latents, tap by tap, shallow to deep; padding entries are zero.
         source: (N,) the row whose changed copy each one is, its own where it is none; None: there are no copies. Originals
             come first.
-        groups: which originals belong together; None where each stands alone. Folds that a peer makes part none.
     """
 
     images: NDArray[np.uint8]
     logits: NDArray[np.float32]
     latents: NDArray[np.float32]
     source: Labels | None = None
-    groups: Labels | None = None
 
     @cached_property
     def predicted(self) -> Labels:

@@ -37,11 +37,12 @@ class Family(ABC, Generic[State]):
     def name_evidence(self, state: State) -> list[Evidence]:
         """The E columns."""
 
-    def fit(self, latents: Matrix, logits: Matrix, width: int, kin: Labels) -> Matrix:
-        """Learn from all rows; give evidence of each row by what was learned without it and without its `kin`, (n, E)."""
+    def fit(self, latents: Matrix, logits: Matrix, width: int, source: Labels) -> Matrix:
+        """Learn from all rows; give evidence of each row by what was learned without it and without its copies, (n, E)."""
         self.state = self.learn(latents, logits, width, None)
         reference = np.empty((len(latents), len(self.name_evidence(self.state))))
-        folds = assign_folds(logits.argmax(axis=1), FOLDS, np.random.default_rng(SEED), kin)
+        originals = logits[: source.max() + 1]
+        folds = assign_folds(originals.argmax(axis=1), FOLDS, np.random.default_rng(SEED))[source]
         for fold in np.unique(folds):
             held = folds == fold
             part = self.learn(latents[~held], logits[~held], width, self.state)
@@ -65,8 +66,7 @@ class LatentPeer:
         latents, logits = join_taps(clean), clean.logits.astype(np.float64)
         source = np.arange(len(latents)) if clean.source is None else clean.source
         width = clean.latents.shape[2]
-        kin = source if clean.groups is None else clean.groups[source]
-        reference = np.concatenate([family.fit(latents, logits, width, kin) for family in self.families], axis=1)
+        reference = np.concatenate([family.fit(latents, logits, width, source) for family in self.families], axis=1)
         evidence = [e for family in self.families for e in family.name_evidence(family.state)]
         self.excused = np.array([self.allowing and e.kind != "strangeness" for e in evidence])
         self.doubt = fit_surprise(-find_margins(logits), MARGIN_RESOLUTION)

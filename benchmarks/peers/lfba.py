@@ -30,7 +30,7 @@ class Lfba:
         label = clean.predicted
         right = label == labels
         right = right if right.any() else np.ones(len(right), bool)
-        folds = assign_folds(label, FOLDS, np.random.default_rng(SEED), clean.groups)
+        folds = assign_folds(label, FOLDS, np.random.default_rng(SEED))
         sums, counts = sum_features(model, clean, np.where(right, label, -1), folds)
         whole = counts.sum(axis=0)
         cosines = np.empty((len(label), len(sums)))

@@ -28,10 +28,10 @@ class Ranks(Family[Bank]):
         """Keep the rows."""
         return Bank(latents.reshape(len(latents), -1, width), np.asarray(logits.argmax(axis=1), np.int64))
 
-    def fit(self, latents: Matrix, logits: Matrix, width: int, kin: Labels) -> Matrix:
-        """Keep all rows; rank each among the others, its kin not among them."""
+    def fit(self, latents: Matrix, logits: Matrix, width: int, source: Labels) -> Matrix:
+        """Keep all rows; rank each among the others, its copies not among them."""
         self.state = self.learn(latents, logits, width, None)
-        return np.log1p(rank(self.state, self.state.latents, self.state.labels, kin))
+        return np.log1p(rank(self.state, self.state.latents, self.state.labels, source))
 
     def measure(self, state: Bank, latents: Matrix, logits: Matrix) -> Matrix:
         """(N, K)."""
@@ -43,14 +43,14 @@ class Ranks(Family[Bank]):
         return [Evidence("rank", tap, -1, -1) for tap in range(state.latents.shape[1])]
 
 
-def rank(bank: Bank, latents: Matrix, labels: Labels, kin: Labels | None = None) -> Matrix:
+def rank(bank: Bank, latents: Matrix, labels: Labels, source: Labels | None = None) -> Matrix:
     """Rank the nearest bank row of each row's label, (N, K, d), (N,) -> (N, K); the last rank where the label has none.
 
     Args:
         bank: of n rows.
         latents: to rank.
         labels: predicted.
-        kin: (n,) where the rows are those of the bank: rows that share a number do not see each other.
+        source: (n,) where the rows are those of the bank, what each is a copy of: rows of one source do not see each other.
     """
     ranks = np.empty(latents.shape[:2])
     for part in split(len(latents), 512):
@@ -58,8 +58,8 @@ def rank(bank: Bank, latents: Matrix, labels: Labels, kin: Labels | None = None)
         for tap in range(latents.shape[1]):
             z, b = latents[part, tap], bank.latents[:, tap]
             distance = np.sum(b * b, axis=1) - 2.0 * (z @ b.T)  # less the row's own length, which ranks nothing
-            if kin is not None:
-                distance[kin[part, None] == kin] = np.inf
+            if source is not None:
+                distance[source[part, None] == source] = np.inf
             nearest = np.where(own, distance, np.inf).min(axis=1, keepdims=True)
             ranks[part, tap] = np.minimum(np.sum(distance < nearest, axis=1), len(b) - 1)
     return ranks
