@@ -137,8 +137,7 @@ def render_pairs(pairs: list[Row]) -> list[str]:
         means.append(f"| {SPECS[dataset].title} | {len(same)} | " + " | ".join(figures) + " |")
     note = (
         "The attack's paper takes the mean over ten pairs of a source and a target class. A seed draws the pair, the patch and "
-        "the poisons; the clean network whose last layer is trained anew is the same. Few images reach the label, so one pair "
-        "says little."
+        "the poisons; the clean network whose last layer is trained anew is the same."
     )
     return [
         "",

@@ -13,6 +13,7 @@ from benchmarks.duration_table import render_durations
 from benchmarks.figures import (
     LEAST_ACCURACY,
     LEAST_SUCCESS,
+    SUPERSEDED,
     describe_guards,
     describe_runs,
     find_current,
@@ -148,7 +149,8 @@ def render_page(rows: list[Row], variants: list[Row], shifts: list[Row]) -> str:
         "triggers that must not work; thresholds are set on calibration images, the FPR beside them is what they gave. "
         f"Weak attack: less than {LEAST_SUCCESS:.0%} ASR (HTBA has what it has); weak target: an accuracy below its aim ("
         + ", ".join(f"{SPECS[name].title} {least:.0%}" for name, least in LEAST_ACCURACY.items())
-        + "). What stands behind the figures: docs/detection.md.",
+        + f"). {SUPERSEDED}: of a target that is made otherwise now; the cell is to be measured again. "
+        "What stands behind the figures: docs/detection.md.",
         "",
         *render_matrix(poisoned),
         "",

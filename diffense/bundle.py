@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.calibration import bound_false_alarms, check_alpha, count_groups_once
+from diffense.calibration import bound_false_alarms, check_reach, count_groups_once
 from diffense.clean import check_groups, drop_repeats
 from diffense.errors import BundleError
 from diffense.guard import Guard
@@ -72,14 +72,14 @@ def calibrate_bundle(folder: Path, images: NDArray[np.uint8], alpha: float, grou
     The scores come from the bundle as it will be loaded, so that later ones compare with them exactly.
 
     Raises:
-        TooFewImagesError: alpha is below ``1 / (n + 1)``.
+        TooFewImagesError: alpha is below ``1 / (n + 1)`` for n images, or groups.
         OptionError: alpha is not between 0 and 1.
         ImageError: images of a wrong size.
     """
-    check_alpha(alpha, len(images))
+    count = None if groups is None else len(np.unique(groups))
+    check_reach(alpha, len(images), count)
     guard = Guard.load(folder)
     scorer = replace(guard.scorer, calibration=count_groups_once(guard.score(images).scores, groups))
-    count = None if groups is None else len(np.unique(groups))
     changes = {
         "alpha": alpha,
         "calibration_size": len(scorer.calibration),
@@ -134,8 +134,9 @@ def set_alpha(folder: Path, alpha: float) -> None:
     """
     guard = Guard.load(folder)
     size = guard.manifest.calibration_size
-    check_alpha(alpha, size)
-    low, high = bound_false_alarms(size, alpha, groups=guard.manifest.clean.calibrated_groups)
+    groups = guard.manifest.clean.calibrated_groups
+    check_reach(alpha, size, groups)
+    low, high = bound_false_alarms(size, alpha, groups=groups)
     interval = (0.0 if guard.manifest.crossed else low, high)
     changes = {"alpha": alpha, "false_alarm_interval": interval}
     write_scorer(folder, guard.scorer, guard.manifest.model_copy(update=changes))

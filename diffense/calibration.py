@@ -53,8 +53,19 @@ def check_rate(alpha: float) -> None:
         )
 
 
-def check_alpha(alpha: float, calibration_size: int) -> None:
-    """Refuse an alpha that no input could reach.
+def check_reach(alpha: float, images: int, groups: int | None) -> None:
+    """`check_alpha` for images that calibrate, or for the groups that they are of: each counts once.
+
+    Raises:
+        OptionError, TooFewImagesError: as `check_alpha`.
+    """
+    check_alpha(alpha, images)
+    if groups is not None:
+        check_alpha(alpha, groups, "groups")
+
+
+def check_alpha(alpha: float, calibration_size: int, what: str = "images") -> None:
+    """Refuse an alpha that no input could reach with so many calibration images, or groups of them.
 
     Raises:
         OptionError: alpha is not between 0 and 1.
@@ -63,8 +74,8 @@ def check_alpha(alpha: float, calibration_size: int) -> None:
     check_rate(alpha)
     if calibration_size < needed_images(alpha):
         raise TooFewImagesError(
-            f"alpha {alpha:g} needs {needed_images(alpha)} calibration images, there are {calibration_size}; give more clean "
-            f"images or an alpha of at least {math.ceil(1e4 / (calibration_size + 1)) / 1e4:g}"
+            f"alpha {alpha:g} needs {needed_images(alpha)} calibration {what}, there are {calibration_size}; give more clean "
+            f"{what} or an alpha of at least {math.ceil(1e4 / (calibration_size + 1)) / 1e4:g}"
         )
 
 

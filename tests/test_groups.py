@@ -85,6 +85,8 @@ def test_a_new_calibration_and_another_alpha_know_the_groups(
     assert widths[0] > 2 * widths[1]
     again = recalibrate(known, None, 0.1, tmp_path / "again")
     assert np.diff(again.manifest.false_alarm_interval)[0] > widths[0]
+    with pytest.raises(TooFewImagesError, match="needs 99 calibration groups, there are 60"):
+        recalibrate(known, None, 0.01, tmp_path / "again")
     with pytest.raises(OptionError, match="one integer for each of 600 images"):
         recalibrate(guard, frames, 0.05, tmp_path / "known", groups=groups[1:])
 
@@ -94,6 +96,8 @@ def test_too_few_scenes_are_refused_before_anything_is_fitted(
 ) -> None:
     with pytest.raises(TooFewImagesError, match="of 19 groups"):
         fit(small_target, frames, tmp_path / "g", np.arange(len(frames)) % 19)
+    with pytest.raises(TooFewImagesError, match=r"alpha 0\.05 needs 19 calibration groups, there are 16"):
+        fit(small_target, frames[:400], tmp_path / "g", np.arange(400) // FRAMES)
     assert not (tmp_path / "g").exists()
 
 
@@ -113,14 +117,14 @@ def test_the_commands_take_groups_from_file_names(
     small_target: Path, frames: NDArray[np.uint8], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     (tmp_path / "clean").mkdir()
-    for row, image in enumerate(frames[:400]):
+    for row, image in enumerate(frames):
         Image.fromarray(image).save(tmp_path / "clean" / f"{row // FRAMES:03d}_{row % FRAMES}.png")
     options = "--alpha", "0.05", "--groups", r"^(\d+)_"
     code, _, told = run_cli("fit", small_target, tmp_path / "clean", "--out", tmp_path / "g", "--network", "off", *options)
-    assert code == 0 and "calibrated on 160 images of 16 groups: " in told
+    assert code == 0 and "calibrated on 240 images of 24 groups: " in told
     code, said, _ = run_cli("inspect", tmp_path / "g")
-    assert code == 0 and "160 calibrate of 16 groups" in " ".join(said.split())
+    assert code == 0 and "240 calibrate of 24 groups" in " ".join(said.split())
     code, _, told = run_cli("calibrate", tmp_path / "g", tmp_path / "clean", *options)
-    assert code == 0 and Guard.load(tmp_path / "g").manifest.clean.calibrated_groups == 40
+    assert code == 0 and Guard.load(tmp_path / "g").manifest.clean.calibrated_groups == SCENES
     code, _, told = run_cli("fit", small_target, tmp_path / "clean", "--out", tmp_path / "h", "--groups", "x")
     assert (code, told.count("\n")) == (2, 1) and "--groups 'x' is not found in '000_0.png'" in told
