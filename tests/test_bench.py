@@ -145,17 +145,11 @@ def test_the_closed_form_is_the_guard_itself_where_its_network_stayed_off_and_is
 
 
 def test_published_figures_stand_beside_ours_of_both_kinds_of_target():
-    row = {
-        "dataset": "cifar10", "attack": "badnets", "target": "staged_resnet", "seed": 0, "guard_seed": 0,
-        "clean_accuracy": 0.92, "asr_before": 0.99, "auroc": 0.9, "commit": "a", "machine": "m",
-        "peers": {"ted": {"auroc": 0.75, "revision": 1}},
-    }  # fmt: skip
-    plain = row | {
-        "target": "narrow_resnet18",
-        "clean_accuracy": 0.9,
-        "auroc": 0.8,
-        "peers": {"ted": {"auroc": 0.65, "revision": 1}},
-    }
+    shared = {"attack": "badnets", "asr_before": 0.99}
+    row = make_row(**shared, auroc=0.9, peers={"ted": {"auroc": 0.75, "revision": 1}})
+    plain = make_row(
+        **shared, target="narrow_resnet18", clean_accuracy=0.9, auroc=0.8, peers={"ted": {"auroc": 0.65, "revision": 1}}
+    )
     assert peer_tables.render_published([row, plain])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | 0.65 |"
     assert peer_tables.render_published([row])[-1] == "| CIFAR-10, BadNets | ted | 0.96 | 0.75 | – |"
     assert peer_tables.render_published([plain]) == [] == peer_tables.render_plain([row])
