@@ -106,10 +106,10 @@ def recalibrate(
         alpha: false-alarm rate that is asked for.
         out: folder of the new bundle.
         notify: told, in one line, how many images repeat others and are left out.
-        groups: (N,) which images belong together, as in `fit_guard`; they widen the interval alone.
+        groups: (N,) which images belong together, as in `fit_guard`; each counts once.
 
     Raises:
-        TooFewImagesError, OptionError, ImageError: as `calibrate_bundle`.
+        TooFewImagesError, OptionError, ImageError: as `calibrate_bundle` and `check_groups`.
         BundleError: `out` cannot be written.
     """
     if images is not None and groups is not None:

@@ -80,18 +80,19 @@ def drop_repeats(
 
 
 def check_groups(groups: NDArray[np.int64], images: int) -> None:
-    """Refuse groups that are not one for each image, or too few to set some aside.
+    """Refuse groups that are not one for each image, or cannot be set aside.
 
     Raises:
         OptionError: not (N,) integers.
-        TooFewImagesError: fewer than `FEWEST_GROUPS`.
+        TooFewImagesError: fewer than `FEWEST_GROUPS`, or more than half of the images are of one.
     """
     if groups.shape != (images,) or groups.dtype.kind not in "iu":
         raise OptionError(f"groups is {groups.dtype} {groups.shape}; give one integer for each of {images} images")
-    if (count := len(np.unique(groups))) < FEWEST_GROUPS:
+    sizes = np.unique(groups, return_counts=True)[1]
+    if len(sizes) < FEWEST_GROUPS or 2 * sizes.max() > images:
         raise TooFewImagesError(
-            f"the clean images are of {count} groups, and whole groups are set aside to calibrate; give images of at least "
-            f"{FEWEST_GROUPS}"
+            f"the clean images are of {len(sizes)} groups, the largest of {sizes.max()} images, and whole groups are set aside "
+            f"to calibrate; give images of at least {FEWEST_GROUPS}, none with more than half of them"
         )
 
 
@@ -123,7 +124,7 @@ def split_rows(
     """Split row numbers into fit and calibration rows, each label in about the same share; both ascending.
 
     No group is in both, so those that calibrate are a few more than asked for where the last group asks for it. A group stands
-    where its middle row does: the only group of a label is fitted on.
+    where its middle row does: where less than half calibrates, the only group of a label is fitted on.
     """
     place = np.empty(len(labels))
     for members in shuffle_groups(labels, groups, generator):

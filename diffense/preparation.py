@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from diffense.clean import (
     FEW_COPIES,
     FEW_IMAGES,
+    FEWEST_FIT_IMAGES,
     CleanSet,
     collect_clean,
     count_calibration,
@@ -17,7 +18,7 @@ from diffense.clean import (
     find_finite,
     split_rows,
 )
-from diffense.errors import ImageError
+from diffense.errors import ImageError, TooFewImagesError
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
 from diffense.latent import GRID, Whitening
@@ -102,6 +103,10 @@ def prepare_clean(
         fit_rows = calibration_rows = np.arange(len(images))
     else:
         fit_rows, calibration_rows = split_rows(labels, calibration_size, generator, groups)
+        if len(fit_rows) < FEWEST_FIT_IMAGES:  # a large group took more than was asked for
+            raise TooFewImagesError(
+                f"{len(fit_rows)} images are left to fit on, as no group is split; give more and smaller groups"
+            )
     kind = decide_guide(labels[fit_rows], target.classes, guide, notify)
     fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
     copies = FEW_COPIES if len(images) < FEW_IMAGES else 1

@@ -108,6 +108,8 @@ def test_groups_that_do_not_fit_the_images_or_are_too_few_are_refused() -> None:
             check_groups(groups, 60)
     with pytest.raises(TooFewImagesError, match=r"of 19 groups.*at least 20"):
         check_groups(np.arange(60) % 19, 60)
+    with pytest.raises(TooFewImagesError, match=r"largest of 31 images.*none with more than half"):
+        check_groups(np.maximum(np.arange(60), 30), 60)
 
 
 def test_the_split_is_drawn_by_the_generator() -> None:
