@@ -74,7 +74,7 @@ def group_names(pattern: str, names: Sequence[str]) -> NDArray[np.int64]:
     """
     try:
         found = [re.search(pattern, name) for name in names]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"--groups {pattern!r} is no regular expression ({error})") from error
     parts = [match and (match[1] if match.re.groups else match[0]) for match in found]
     if None in parts:

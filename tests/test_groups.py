@@ -57,6 +57,7 @@ def test_few_images_calibrate_by_folds_that_split_no_scene(
     few = np.flatnonzero(np.arange(len(frames)) % FRAMES < 4)
     alone = fit(small_target, frames[few], tmp_path / "alone", None)
     known = fit(small_target, frames[few], tmp_path / "known", groups[few])
+    assert known.manifest.calibration_size == len(known.scorer.calibration)
     assert known.manifest.crossed and known.manifest.clean.calibrated_groups == SCENES
     assert measure_false_alarms(known) < 0.5 * measure_false_alarms(alone)
     assert np.median(known.scorer.calibration) > np.median(alone.scorer.calibration)
@@ -66,8 +67,8 @@ def test_groups_of_single_images_change_nothing_but_what_is_told(
     small_target: Path, clean_images: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     plain = fit(small_target, clean_images, tmp_path / "plain", None)
-    single = fit(small_target, clean_images, tmp_path / "single", np.arange(len(clean_images))[::-1].copy())
-    assert len(single.scorer.calibration) == len(plain.scorer.calibration)
+    single = fit(small_target, clean_images, tmp_path / "single", np.arange(len(clean_images)))
+    assert np.array_equal(single.scorer.calibration, plain.scorer.calibration)
     assert single.manifest.false_alarm_interval == plain.manifest.false_alarm_interval
     assert single.manifest.clean.calibrated_groups == plain.manifest.clean.calibrated
 
@@ -109,6 +110,8 @@ def test_groups_are_read_from_names() -> None:
         group_names(r"a/(.)", names)
     with pytest.raises(OptionError, match="no regular expression"):
         group_names("(", names)
+    with pytest.raises(OptionError, match="no regular expression"):
+        group_names("a{99999999999999999999}", names)
     with pytest.raises(OptionError, match=r"'b/1_0\.png'"):
         group_names("(a)|b", names)
 
@@ -126,5 +129,7 @@ def test_the_commands_take_groups_from_file_names(
     assert code == 0 and "240 calibrate of 24 groups" in " ".join(said.split())
     code, _, told = run_cli("calibrate", tmp_path / "g", tmp_path / "clean", *options)
     assert code == 0 and Guard.load(tmp_path / "g").manifest.clean.calibrated_groups == SCENES
+    code, _, told = run_cli("calibrate", tmp_path / "g", *options)
+    assert code == 2 and "none are given" in told
     code, _, told = run_cli("fit", small_target, tmp_path / "clean", "--out", tmp_path / "h", "--groups", "x")
     assert (code, told.count("\n")) == (2, 1) and "--groups 'x' is not found in '000_0.png'" in told

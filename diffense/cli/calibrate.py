@@ -27,6 +27,8 @@ def command(
 
     if clean is None and alpha is None:
         raise OptionError("there is nothing to change; give clean images, --alpha, or both")
+    if clean is None and groups is not None:
+        raise OptionError("--groups tells which clean images belong together, and none are given")
     loaded, console, pixels, numbers = Guard.load(guard), Console(stderr=True), None, None
     if clean is not None:
         images = load_images(clean, loaded.preprocessing.size, loaded.preprocessing.channels)
