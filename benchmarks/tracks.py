@@ -83,9 +83,11 @@ def main(arguments: list[str]) -> None:
     try:
         train, _ = load_official("gtsrb")
         tracks = find_tracks(train.pixels, train.labels, Path(arguments[0]))
-    except OptionError as error:
+    except (OptionError, OSError, ValueError) as error:  # a damaged image, or a name that is none of theirs
         sys.exit(f"tracks: {error}")
-    TRACKS.write_text(json.dumps({"pixels_sha256": hash_pixels(train.pixels), "tracks": tracks}, separators=(",", ":")) + "\n")
+    work = TRACKS.with_suffix(".partial")
+    work.write_text(json.dumps({"pixels_sha256": hash_pixels(train.pixels), "tracks": tracks}, separators=(",", ":")) + "\n")
+    work.replace(TRACKS)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def test_tracks_are_found_by_pixels_and_class_and_belong_to_these_images_alone(
     Image.fromarray(images.pixels[0]).save(tmp_path / "00000" / "00007_00002.ppm")
     with pytest.raises(SystemExit, match=r"tracks: training image 2 of class 0 is in 2 tracks"):
         tracks.main([str(tmp_path)])
+    (tmp_path / "00000" / "00000_00000.ppm").write_bytes(b"P6 damaged")
+    with pytest.raises(SystemExit, match="tracks: "):
+        tracks.main([str(tmp_path)])
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.shared
