@@ -6,15 +6,16 @@ usage: python -m benchmarks.copied --cells gtsrb-wanet,cifar10-wanet
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.datasets import Pixels
-from benchmarks.evaluation import fit_cell, prepare_cell, view_cell
+from benchmarks.evaluation import fit_cell, prepare_cell
 from benchmarks.figures import average, show
-from benchmarks.inspection import inspect_images, score_inspected
+from benchmarks.inspection import inspect_images, score_inspected, view_images
 from benchmarks.metrics import measure_detection
 from benchmarks.peer_figures import measure_peer
 from benchmarks.peers.base import Inspected
@@ -47,13 +48,18 @@ def measure_cell(cell: Cell, peers: Sequence[str], progress: Callable[[str], Non
     """One row: AUROC of the guard, and of each peer fitted on the originals alone and on their copies too."""
     found = prepare_cell(cell, None, progress)
     guard = fit_cell(found, None, 0, progress)
-    views, labels = view_cell(guard, found)
-    right = views["clean"].logits.argmax(1) == found.evaluation.labels
-    reached = views["triggered"].logits.argmax(1) == found.target.attack.target
-    scores = {name: score_inspected(guard, views[name]) for name in ("clean", "triggered")}
-    detection = measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], reached)
-    copied, source = add_copies(guard, views["fit"])
-    fits = {"originals": (views["fit"], labels), "copies too": (copied, labels[source])}
+    views = view_images(guard, found.clean, found.evaluation.pixels, found.triggered)
+    right = views.clean.logits.argmax(1) == found.evaluation.labels
+    reached = views.triggered.logits.argmax(1) == found.target.attack.target
+    clean, triggered = score_inspected(guard, views.clean), score_inspected(guard, views.triggered)
+    detection = measure_detection(guard.scorer.calibration, clean, right, triggered, reached)
+    # AUROC alone is kept, so where the guard fits on all of its images so do the peers, and nothing need calibrate them.
+    fitted, labels = (views.fit, views.labels) if views.crossed is None else (views.crossed.images, views.crossed.labels)
+    copied, source = add_copies(guard, fitted)
+    fits = {
+        "originals": replace(views, fit=fitted, labels=labels, crossed=None),
+        "copies too": replace(views, fit=copied, labels=labels[source], crossed=None),
+    }
     return {
         **cell.describe(guard_seed=0),
         "auroc": detection.auroc,
@@ -61,10 +67,7 @@ def measure_cell(cell: Cell, peers: Sequence[str], progress: Callable[[str], Non
         "images": len(labels),
         "copies": len(source) - len(labels),
         "peers": {
-            name: {
-                how: measure_peer(name, found.target, {**views, "fit": view}, truth, right, reached, progress)["auroc"]
-                for how, (view, truth) in fits.items()
-            }
+            name: {how: measure_peer(name, found.target, view, right, reached, progress)["auroc"] for how, view in fits.items()}
             for name in peers
         },
         "commit": find_commit(),

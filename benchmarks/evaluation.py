@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.datasets import Images, Pixels, load_split, pick_per_class
-from benchmarks.inspection import inspect_images, score_inspected, split_defender, take
+from benchmarks.inspection import score_inspected, view_images
 from benchmarks.metrics import count_scores, measure_detection, trace_curve
 from benchmarks.peer_figures import CLOSED_FORM, measure_closed_form, measure_peer
-from benchmarks.peers.base import Inspected
 from benchmarks.settings import describe_machine, find_cache, find_commit
 from benchmarks.targets import Cell, TrainedTarget, get_target
 from diffense.fit import fit_guard
@@ -76,15 +75,15 @@ def evaluate_cell(
     begun = start = time.monotonic()
     guard = fit_cell(found, clean_per_class, guard_seed, progress)
     fit_seconds = time.monotonic() - start
-    views, labels = view_cell(guard, found)
+    views = view_images(guard, found.clean, found.evaluation.pixels, found.triggered)
     start = time.monotonic()
     guard.score(found.evaluation.pixels[:1000])
     score_ms = (time.monotonic() - start) / min(1000, len(found.evaluation)) * 1e3
-    scores = {name: score_inspected(guard, views[name]) for name in ("clean", "triggered")}
-    reached = views["triggered"].logits.argmax(1) == found.target.attack.target
-    right = views["clean"].logits.argmax(1) == found.evaluation.labels
+    scores = {"clean": score_inspected(guard, views.clean), "triggered": score_inspected(guard, views.triggered)}
+    reached = views.triggered.logits.argmax(1) == found.target.attack.target
+    right = views.clean.logits.argmax(1) == found.evaluation.labels
     # What reaches the label without a trigger is misclassified and not attacked; weak attacks have many such images.
-    turned = reached & (views["clean"].logits.argmax(1)[found.attacked] != found.target.attack.target)
+    turned = reached & (views.clean.logits.argmax(1)[found.attacked] != found.target.attack.target)
     detection = measure_detection(guard.scorer.calibration, scores["clean"], right, scores["triggered"], reached)
     row = {
         "dataset": cell.dataset,
@@ -117,30 +116,11 @@ def evaluate_cell(
         "score_ms": round(score_ms, 3),
         "target_forwards": 1.0,
     }
-    if peers and guard.manifest.crossed:
-        progress("few clean images: the guard fits and calibrates on all of them, peers on three and two fifths")
-    beside = {name: measure_peer(name, found.target, views, labels, right, reached, progress) for name in peers}
+    beside = {name: measure_peer(name, found.target, views, right, reached, progress) for name in peers}
     if guard.manifest.network.used:
         closed = fit_cell(found, clean_per_class, guard_seed, progress, network="off")
         beside[CLOSED_FORM] = measure_closed_form(closed, views, right, reached)
     return row | {"peers": beside}
-
-
-def view_cell(guard: Guard, found: Evaluated) -> tuple[dict[str, Inspected], NDArray[np.int64]]:
-    """Look at all images of a cell through a guard's taps, once.
-
-    Returns:
-        ``fit``, ``calibration``, ``clean`` and ``triggered`` images, the first two in the guard's own split of the defender's
-        images, where it splits them; and the true labels of those to fit on.
-    """
-    defender, fit_rows, calibration_rows = split_defender(guard, found.clean)
-    views = {
-        "fit": take(defender, fit_rows),
-        "calibration": take(defender, calibration_rows),
-        "clean": inspect_images(guard, found.evaluation.pixels),
-        "triggered": inspect_images(guard, found.triggered),
-    }
-    return views, found.clean.labels[fit_rows]
 
 
 def fit_cell(

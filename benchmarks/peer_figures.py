@@ -8,14 +8,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.inspection import score_inspected, take
+from benchmarks.inspection import Crossed, Views, score_inspected, take
 from benchmarks.metrics import measure_detection
 from benchmarks.peers import REVISIONS, make_peer
-from benchmarks.peers.base import Inspected, Model
+from benchmarks.peers.base import Matrix, Model
 from benchmarks.precision import choose_device
 from benchmarks.records import Row
 from benchmarks.settings import describe_machine, find_commit
 from benchmarks.targets import TrainedTarget
+from diffense.calibration import count_groups_once
 from diffense.errors import OptionError
 from diffense.guard import Guard
 
@@ -37,70 +38,69 @@ def note_origin() -> dict[str, str]:
     return {"commit": find_commit(), "machine": describe_machine()}
 
 
-def measure_closed_form(
-    guard: Guard, views: dict[str, Inspected], right: NDArray[np.bool_], reached: NDArray[np.bool_]
-) -> dict[str, Any]:
+def measure_closed_form(guard: Guard, views: Views, right: NDArray[np.bool_], reached: NDArray[np.bool_]) -> dict[str, Any]:
     """Measure a guard without network on the views of one that has it; its latents are the same."""
     start = time.monotonic()
-    scores = {name: score_inspected(guard, views[name]) for name in ("calibration", "clean")}
-    milliseconds = (time.monotonic() - start) / sum(map(len, scores.values())) * 1e3
-    triggered = score_inspected(guard, views["triggered"])
-    found = asdict(measure_detection(scores["calibration"], scores["clean"], right, triggered, reached))
+    clean = score_inspected(guard, views.clean)
+    milliseconds = (time.monotonic() - start) / len(clean) * 1e3
+    triggered = score_inspected(guard, views.triggered)
+    found = asdict(measure_detection(guard.scorer.calibration, clean, right, triggered, reached))
     return {name: found[name] for name in FIGURES if name in found} | {
         **note_origin(),
         "target_forwards": 1.0,
         "score_ms": round(milliseconds, 3),
-        "images": [len(scores["clean"]), len(triggered)],
+        "images": [len(clean), len(triggered)],
     }
 
 
 def measure_peer(
     name: str,
     target: TrainedTarget,
-    views: dict[str, Inspected],
-    labels: NDArray[np.int64],
+    views: Views,
     right: NDArray[np.bool_],
     reached: NDArray[np.bool_],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Fit a peer on the guard's fit rows and measure it with the guard's calibration rows.
+    """Fit a peer on what the guard is fitted on and measure it with what calibrates the guard, groups counted as there.
 
-    Expensive peers see the first 500 clean and the first 500 triggered images that reach the attacker's label. A peer that is
-    not defined for the target's network has no figures but the reason.
+    Where all calibrate by folds, expensive peers are fitted on three fifths and calibrated on the others. They see the first
+    500 clean and the first 500 triggered images that reach the attacker's label. A peer that is not defined for the target's
+    network has no figures but the reason.
 
     Args:
         name: of the peer.
         target: what is guarded; its network goes to the GPU where CUDA finds one, and stays there.
-        views: fit, calibration, clean and triggered images.
-        labels: (n,) true labels of the fit images.
+        views: the cell's images.
         right: (N,) whether the target classifies the clean images as their true label.
         reached: (T,) whether it gives the triggered ones the attacker's label.
         progress: told what is going on.
     """
     peer = make_peer(name)
+    crossed = views.crossed if peer.cheap else None
     model = Model(target.network.to(choose_device()), target.cell.spec.classes)
     begun = time.monotonic()
     try:
-        peer.fit(model, views["fit"], labels)
+        own = None if crossed is None else score_by_folds(name, model, crossed)
+        peer.fit(model, *((views.fit, views.labels) if crossed is None else (crossed.images, crossed.labels)))
     except OptionError as error:
         progress(f"{name}: {error}")
         undefined = {"revision": REVISIONS[name], "images": [0, 0], "reason": str(error)}
         return dict.fromkeys(FIGURES) | note_origin() | undefined
     progress(f"{name}: fitted in {time.monotonic() - begun:.1f} s")
-    clean, triggered = np.arange(len(views["clean"].logits)), np.arange(len(reached))
-    calibration = np.arange(len(views["calibration"].logits))
+    clean, triggered = np.arange(len(views.clean.logits)), np.arange(len(reached))
+    calibration = np.arange(len(views.calibration.logits))
     if not peer.cheap:
         clean, calibration = clean[:EXPENSIVE_IMAGES], calibration[:EXPENSIVE_IMAGES]
         triggered = np.flatnonzero(reached)[:EXPENSIVE_IMAGES]
-    fitting, start = model.forwards, time.monotonic()
-    scores = {
-        "calibration": peer.score(model, take(views["calibration"], calibration)),
-        "clean": peer.score(model, take(views["clean"], clean)),
-    }
-    seen = len(calibration) + len(clean)
-    milliseconds, forwards = (time.monotonic() - start) / seen * 1e3, (model.forwards - fitting) / seen
-    scores["triggered"] = peer.score(model, take(views["triggered"], triggered)) if len(triggered) else np.zeros(0, np.float64)
-    detection = measure_detection(scores["calibration"], scores["clean"], right[clean], scores["triggered"], reached[triggered])
+    before, start = model.forwards, time.monotonic()
+    usual = peer.score(model, take(views.clean, clean))
+    milliseconds, forwards = (time.monotonic() - start) / len(clean) * 1e3, (model.forwards - before) / len(clean)
+    strange = peer.score(model, take(views.triggered, triggered)) if len(triggered) else np.zeros(0, np.float64)
+    groups = views.groups if crossed is None else crossed.groups
+    if own is None:
+        own, groups = peer.score(model, take(views.calibration, calibration)), None if groups is None else groups[calibration]
+    reference = count_groups_once(own.astype(np.float32), groups)
+    detection = measure_detection(reference, usual, right[clean], strange, reached[triggered])
     # Over all triggered inputs, also where an expensive peer saw only some that reach the label.
     after = None if detection.tpr_at_fpr5 is None else (1.0 - detection.tpr_at_fpr5) * float(reached.mean())
     return {
@@ -117,3 +117,14 @@ def measure_peer(
         "took_s": round(time.monotonic() - begun, 1),  # fit and all scores
         "images": [len(clean), len(triggered)],
     }
+
+
+def score_by_folds(name: str, model: Model, crossed: Crossed) -> Matrix:
+    """(n,) scores of the defender's images, each by a peer that was fitted on the other folds."""
+    scores = np.empty(len(crossed.folds))
+    for fold in np.unique(crossed.folds):
+        others, held = (np.flatnonzero(rows) for rows in (crossed.folds != fold, crossed.folds == fold))
+        peer = make_peer(name)
+        peer.fit(model, take(crossed.images, others), crossed.labels[others])
+        scores[held] = peer.score(model, take(crossed.images, held))
+    return scores

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffense.calibration import check_alpha, check_rate, needed_images
+from diffense.calibration import check_rate, check_reach, needed_images
 from diffense.chain import shuffle_groups
 from diffense.copies import make_copies
 from diffense.errors import OptionError, TooFewImagesError
@@ -20,6 +20,7 @@ FEWEST_FIT_IMAGES: Final = 20  # that a split leaves
 FEWEST_IMAGES: Final = 34  # a split's usual share leaves FEWEST_FIT_IMAGES of them; where all are fitted on, the same floor
 FEWEST_GROUPS: Final = 20  # twice the folds that calibrate few images
 FEW_IMAGES: Final = 300  # below it all images are fitted on and calibrate, whatever alpha is (docs/decisions/0023)
+FEW_GROUPS: Final = 400  # likewise of groups: a label of two or three is not to lose one (docs/decisions/0037)
 FEW_COPIES: Final = 6  # of each image where there are few
 
 Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float64], list[NDArray[np.float64]]]]
@@ -102,20 +103,27 @@ def count_split(images: int, alpha: float) -> int:
     return min(max(round(CALIBRATION_SHARE * images), needed_images(alpha)), most)
 
 
-def count_calibration(images: int, alpha: float) -> int:
-    """How many clean images calibrate: all of them, by folds, where they are few or a split cannot reach alpha.
+def count_calibration(images: int, alpha: float, groups: int | None = None) -> int:
+    """How many clean images calibrate: all of them, by folds, where they or their groups are few or a split cannot reach alpha.
+
+    Args:
+        images: how many there are.
+        alpha: false-alarm rate.
+        groups: how many groups they are of; None where each stands alone.
 
     Raises:
-        TooFewImagesError: alpha cannot be reached with so few images, or a guard cannot be fitted on them.
+        TooFewImagesError: alpha cannot be reached with so few images or groups, or a guard cannot be fitted on them.
         OptionError: alpha is not between 0 and 1.
     """
     check_rate(alpha)
     if images < FEWEST_IMAGES:
         fewest = max(needed_images(alpha), FEWEST_IMAGES)
         raise TooFewImagesError(f"{images} clean images are too few for a guard; give at least {fewest}, and five a class")
-    check_alpha(alpha, images)
-    split = count_split(images, alpha)
-    return images if images < FEW_IMAGES or split < needed_images(alpha) else split
+    check_reach(alpha, images, groups)
+    independent = images if groups is None else groups
+    few = images < FEW_IMAGES or independent < min(images, FEW_GROUPS)
+    short = count_split(independent, alpha) < needed_images(alpha)
+    return images if few or short else count_split(images, alpha)
 
 
 def split_rows(

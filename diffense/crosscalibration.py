@@ -1,4 +1,4 @@
-"""Calibration where clean images are few: each is scored by a scorer that was fitted on the other folds.
+"""Calibration where clean images, or groups of them, are few: each is scored by a scorer that was fitted on the other folds.
 
 Vovk 2015, "Cross-conformal predictors": all images are fitted on and all calibrate. The false-alarm rate can exceed alpha, up
 to twice in the worst case; since the guard itself is fitted on more images than any fold's scorer, it is below it as a rule.

@@ -54,8 +54,8 @@ def fit_guard(
         preprocessing: how pixels become the target's input; pixels/255 by default.
         taps: tensors to tap, instead of those that are found.
         groups: (N,) integers, the same for images that belong together: frames of one scene, crops of one picture, images of
-            one patient. No group is fitted on and calibrates, or false alarms on new groups would come several times as often
-            as asked for (docs/decisions/0036). None where each image stands alone.
+            one patient. No image is scored by what was fitted on its group, or false alarms on new groups would come
+            several times as often as asked for (docs/decisions/0036). None where each image stands alone.
         settings: of the method.
         notify: told, in one line each, what the user should know.
         report: told (step, steps) of the training.
@@ -155,7 +155,8 @@ def fit_guard(
             files={},
         )
         if prepared.crossed:
-            notify(f"too few images to set some aside: calibrating by {FOLDS} fits, each without a tenth of them")
+            few = "images" if groups is None else "groups of images"
+            notify(f"too few {few} to set some aside: calibrating by {FOLDS} fits, each without a tenth of them")
             parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
             scores = score_crossed(clean, parts, prepared.generator)
             calibration = count_groups_once(scores, calibration_groups)

@@ -83,11 +83,12 @@ def prepare_clean(
         groups: (N,) which images belong together; None where each stands alone.
 
     Raises:
-        TooFewImagesError: too few clean images for alpha or for a class.
+        TooFewImagesError: too few clean images or groups for alpha, or too few images for a class.
         OptionError: alpha is not between 0 and 1.
         ImageError: the target overflows on an image.
     """
-    calibration_size = count_calibration(len(images), alpha)
+    group_count = None if groups is None else len(np.unique(groups))
+    calibration_size = count_calibration(len(images), alpha, group_count)
     generator = np.random.default_rng(seed)
     run = open_pooling(target, taps, preprocessing, grid)
     logits, pooled = run(images)

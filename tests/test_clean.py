@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diffense.calibration import needed_images
 from diffense.clean import (
+    FEW_GROUPS,
     FEW_IMAGES,
     FEWEST_FIT_IMAGES,
     FEWEST_IMAGES,
@@ -36,6 +37,25 @@ RATES = st.integers(1, 500).map(lambda n: n / 1000)
 )
 def test_two_fifths_calibrate_or_more_where_alpha_needs_more_or_all_by_folds(images: int, alpha: float, expected: int) -> None:
     assert count_calibration(images, alpha) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "alpha", "expected"),
+    [
+        (3096, 328, 0.01, 3096),  # few groups: all, by folds
+        (3096, FEW_GROUPS - 1, 0.01, 3096),
+        (3096, FEW_GROUPS, 0.01, round(0.4 * 3096)),
+        (3096, FEW_GROUPS, 0.0035, 3096),  # more than three fifths of the groups
+        (350, 350, 0.01, 140),  # single images are no groups
+    ],
+)
+def test_few_groups_calibrate_by_folds_however_many_images(images: int, groups: int, alpha: float, expected: int) -> None:
+    assert count_calibration(images, alpha, groups) == expected
+
+
+def test_an_alpha_that_the_groups_cannot_reach_is_refused() -> None:
+    with pytest.raises(TooFewImagesError, match=r"alpha 0\.01 needs 99 calibration groups, there are 98"):
+        count_calibration(3096, 0.01, 98)
 
 
 @given(st.integers(0, 3000), RATES)

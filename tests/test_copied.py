@@ -5,7 +5,8 @@ import pytest
 
 from bench_world import set_up
 from benchmarks import copied, records, targets
-from benchmarks.evaluation import fit_cell, prepare_cell, view_cell
+from benchmarks.evaluation import fit_cell, prepare_cell
+from benchmarks.inspection import view_images
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -20,12 +21,12 @@ def bench(tmp_path_factory):
 def test_copies_stand_behind_their_originals_as_the_guard_counts_them(bench):
     found = prepare_cell(targets.make_cell("mnist", "none"), None, print)
     guard = fit_cell(found, None, 0, print)
-    views, labels = view_cell(guard, found)
-    joined, source = copied.add_copies(guard, views["fit"])
-    count = len(labels)
+    views = view_images(guard, found.clean, found.evaluation.pixels, found.triggered)
+    joined, source = copied.add_copies(guard, views.fit)
+    count = len(views.labels)
     assert len(joined.images) == len(source) == count + guard.manifest.clean.copies and guard.manifest.clean.copies > 0
     assert np.array_equal(source[:count], np.arange(count)) and joined.source is source
-    assert np.array_equal(joined.latents[:count], views["fit"].latents)
+    assert np.array_equal(joined.latents[:count], views.fit.latents)
     assert np.array_equal(joined.predicted, joined.predicted[source]), "a copy that lost its label"
     assert (joined.images[count:] != joined.images[source[count:]]).any(axis=(1, 2, 3)).mean() > 0.9
 

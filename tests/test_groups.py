@@ -11,6 +11,7 @@ from PIL import Image
 
 import shapes
 from diffense.bundle import recalibrate
+from diffense.clean import FEW_GROUPS
 from diffense.errors import OptionError, TooFewImagesError
 from diffense.fit import fit_guard
 from diffense.guard import Guard
@@ -29,7 +30,7 @@ def frames() -> NDArray[np.uint8]:
 
 
 def fit(target: Path, images: NDArray[np.uint8], out: Path, groups: NDArray[Any] | None, **changes: Any) -> Guard:
-    settings = FitSettings(alpha=0.05, network="off", **changes)
+    settings = FitSettings(network="off", **{"alpha": 0.05, **changes})
     return fit_guard(Target.open(target), images, out, groups=groups, settings=settings)
 
 
@@ -44,7 +45,8 @@ def test_new_scenes_are_flagged_as_often_as_asked_for_where_the_guard_knows_whic
     alone = fit(small_target, frames, tmp_path / "alone", None)
     known = fit(small_target, frames, tmp_path / "known", groups)
     clean = known.manifest.clean
-    assert clean.calibrated_groups == clean.calibrated / FRAMES == 24 and alone.manifest.clean.calibrated_groups is None
+    assert clean.calibrated_groups == clean.calibrated / FRAMES == SCENES and alone.manifest.clean.calibrated_groups is None
+    assert known.manifest.crossed and clean.fitted == len(frames) and not alone.manifest.crossed
     low, high = known.manifest.false_alarm_interval
     assert low <= measure_false_alarms(known) <= high
     assert measure_false_alarms(alone) > max(alone.manifest.false_alarm_interval[1], 2 * measure_false_alarms(known))
@@ -61,6 +63,15 @@ def test_few_images_calibrate_by_folds_that_split_no_scene(
     assert known.manifest.crossed and known.manifest.clean.calibrated_groups == SCENES
     assert measure_false_alarms(known) < 0.5 * measure_false_alarms(alone)
     assert np.median(known.scorer.calibration) > np.median(alone.scorer.calibration)
+
+
+def test_many_scenes_are_split_whole(small_target: Path, tmp_path: Path) -> None:
+    scenes = np.repeat(shapes.draw_shapes(FEW_GROUPS, seed=3)[0], 2, axis=0)
+    scenes[1::2, 0, 0, 0] ^= 1  # no repeat, which would be left out
+    guard = fit(small_target, scenes, tmp_path / "g", np.repeat(np.arange(FEW_GROUPS), 2))
+    clean = guard.manifest.clean
+    assert not guard.manifest.crossed and clean.fitted + clean.calibrated == 2 * FEW_GROUPS
+    assert clean.calibrated_groups == clean.calibrated / 2 == 0.4 * FEW_GROUPS
 
 
 def test_groups_of_single_images_change_nothing_but_what_is_told(
@@ -97,8 +108,8 @@ def test_too_few_scenes_are_refused_before_anything_is_fitted(
 ) -> None:
     with pytest.raises(TooFewImagesError, match="of 19 groups"):
         fit(small_target, frames, tmp_path / "g", np.arange(len(frames)) % 19)
-    with pytest.raises(TooFewImagesError, match=r"alpha 0\.05 needs 19 calibration groups, there are 16"):
-        fit(small_target, frames[:400], tmp_path / "g", np.arange(400) // FRAMES)
+    with pytest.raises(TooFewImagesError, match=r"alpha 0\.02 needs 49 calibration groups, there are 40"):
+        fit(small_target, frames[:400], tmp_path / "g", np.arange(400) // FRAMES, alpha=0.02)
     assert not (tmp_path / "g").exists()
 
 
@@ -124,9 +135,9 @@ def test_the_commands_take_groups_from_file_names(
         Image.fromarray(image).save(tmp_path / "clean" / f"{row // FRAMES:03d}_{row % FRAMES}.png")
     options = "--alpha", "0.05", "--groups", r"^(\d+)_"
     code, _, told = run_cli("fit", small_target, tmp_path / "clean", "--out", tmp_path / "g", "--network", "off", *options)
-    assert code == 0 and "calibrated on 240 images of 24 groups: " in told
+    assert code == 0 and "calibrated on 600 images of 60 groups, each scored by a fit without it: " in told
     code, said, _ = run_cli("inspect", tmp_path / "g")
-    assert code == 0 and "240 calibrate of 24 groups" in " ".join(said.split())
+    assert code == 0 and "600 calibrate of 60 groups, the same ones by folds" in " ".join(said.split())
     code, _, told = run_cli("calibrate", tmp_path / "g", tmp_path / "clean", *options)
     assert code == 0 and Guard.load(tmp_path / "g").manifest.clean.calibrated_groups == SCENES
     code, _, told = run_cli("calibrate", tmp_path / "g", *options)

@@ -72,7 +72,8 @@ def measure_guard(found: Evaluated, guard: Guard) -> Row:
 
 def measure_peer(found: Evaluated, guard: Guard, name: str) -> Row:
     """A rival, given the prediction and the guard's latents; its own passes are what counts."""
-    defender, rows, _ = split_defender(guard, found.clean)
+    defender = inspect_images(guard, found.clean.pixels)
+    rows, _ = split_defender(guard, defender, found.clean)
     peer, model = make_peer(name), Model(found.target.network, found.target.cell.spec.classes)
     peer.fit(model, take(defender, rows), found.clean.labels[rows])
     views = cut_batches(inspect_images(guard, found.evaluation.pixels[: BATCH * BATCHES]))
