@@ -58,7 +58,7 @@ def fit_guard(
             several times as often as asked for (docs/decisions/0036). None where each image stands alone.
         settings: of the method.
         notify: told, in one line each, what the user should know.
-        report: told (step, steps) of the training.
+        report: told (step, steps) of the training, then of the fits that calibrate.
 
     Raises:
         TooFewImagesError: too few clean images for alpha or for a class, or too few groups.
@@ -158,7 +158,7 @@ def fit_guard(
             few = "images" if groups is None else "groups of images"
             notify(f"too few {few} to set some aside: calibrating by {FOLDS} fits, each without a tenth of them")
             parts = partial(fit_part, kind=kind, target=target, sigmas=sigmas, settings=settings, network=network)
-            scores = score_crossed(clean, parts, prepared.generator)
+            scores = score_crossed(clean, parts, prepared.generator, report)
             calibration = count_groups_once(scores, calibration_groups)
             manifest = manifest.model_copy(update={"calibration_size": len(calibration)})
             write_scorer(folder, replace(scorer, calibration=calibration), manifest)

@@ -40,9 +40,11 @@ def test_no_image_is_scored_by_a_fit_that_has_seen_it_or_a_copy_of_it(originals,
 
         return score
 
-    scores = score_crossed(clean, fit, np.random.default_rng(1))
+    told: list[tuple[int, int]] = []
+    scores = score_crossed(clean, fit, np.random.default_rng(1), lambda *step: told.append(step))
     assert np.array_equal(scores, np.arange(originals)), "each score stands at its own image"
     assert set.union(*parts) == set(range(originals))
+    assert told == [(done, 10) for done in (*range(len(parts)), 10)]
 
 
 @pytest.fixture(scope="module")

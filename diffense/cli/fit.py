@@ -95,9 +95,9 @@ def command(
         raise OptionError(f"--scale, --mean or --std: {error.errors()[0]['msg']}") from error
     loaded = load_images(images, preprocessing.size, preprocessing.channels)
     note_skipped(console, loaded)
-    bar = Progress(TextColumn("learning"), BarColumn(), TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty())
+    bar = Progress(TextColumn("fitting"), BarColumn(), TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty())
     with bar:
-        task = bar.add_task("learning", total=None, visible=False)
+        task = bar.add_task("fitting", total=None, visible=False)
         guard = fit_guard(
             opened,
             loaded.pixels,
