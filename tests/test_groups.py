@@ -1,4 +1,4 @@
-"""Clean images that belong together: frames of one scene are not fitted on and calibrate."""
+"""Clean images that belong together: no frame of a scene is judged by what was fitted on another of it."""
 
 from collections.abc import Callable
 from pathlib import Path
