@@ -120,10 +120,9 @@ def count_calibration(images: int, alpha: float, groups: int | None = None) -> i
         fewest = max(needed_images(alpha), FEWEST_IMAGES)
         raise TooFewImagesError(f"{images} clean images are too few for a guard; give at least {fewest}, and five a class")
     check_reach(alpha, images, groups)
-    independent = images if groups is None else groups
-    few = images < FEW_IMAGES or independent < min(images, FEW_GROUPS)
-    short = count_split(independent, alpha) < needed_images(alpha)
-    return images if few or short else count_split(images, alpha)
+    few = images < FEW_IMAGES or (groups is not None and groups < min(images, FEW_GROUPS))
+    split = count_split(images, alpha)
+    return images if few or split < needed_images(alpha) else split
 
 
 def split_rows(

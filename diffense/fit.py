@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import diffense
 from diffense.bundle import calibrate_bundle, check_place, write_bundle, write_scorer
-from diffense.calibration import bound_false_alarms, check_reach, count_groups_once
+from diffense.calibration import bound_false_alarms, count_groups_once
 from diffense.clean import check_groups, drop_repeats
 from diffense.crosscalibration import FOLDS, score_crossed
 from diffense.graphs import save_graph
@@ -83,7 +83,6 @@ def fit_guard(
     calibration_size = len(calibration_rows)
     calibration_groups = None if groups is None else groups[calibration_rows]
     group_count = None if calibration_groups is None else len(np.unique(calibration_groups))
-    check_reach(settings.alpha, calibration_size, group_count)
     low, high = bound_false_alarms(calibration_size, settings.alpha, groups=group_count)
     low = 0.0 if prepared.crossed else low  # a fold's scorer has seen less than the guard and tends to score higher
     latent_set, scorer, weights, network = fit_scorer(

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diffense.calibration import needed_images
 from diffense.clean import (
     FEW_COPIES,
     FEW_IMAGES,
@@ -18,7 +19,7 @@ from diffense.clean import (
     find_finite,
     split_rows,
 )
-from diffense.errors import ImageError, TooFewImagesError
+from diffense.errors import ImageError
 from diffense.guidance import Kind
 from diffense.images import Preprocessing
 from diffense.latent import GRID, Whitening
@@ -104,10 +105,10 @@ def prepare_clean(
         fit_rows = calibration_rows = np.arange(len(images))
     else:
         fit_rows, calibration_rows = split_rows(labels, calibration_size, generator, groups)
-        if len(fit_rows) < FEWEST_FIT_IMAGES:  # a large group took more than was asked for
-            raise TooFewImagesError(
-                f"{len(fit_rows)} images are left to fit on, as no group is split; give more and smaller groups"
-            )
+        # Groups differ in size: those that calibrate may be too few for alpha, or leave too little to fit on.
+        reached = groups is None or len(np.unique(groups[calibration_rows])) >= needed_images(alpha)
+        if not reached or len(fit_rows) < FEWEST_FIT_IMAGES:
+            fit_rows = calibration_rows = np.arange(len(images))
     kind = decide_guide(labels[fit_rows], target.classes, guide, notify)
     fitted = images[fit_rows], logits[fit_rows], [p[fit_rows] for p in pooled]
     copies = FEW_COPIES if len(images) < FEW_IMAGES else 1

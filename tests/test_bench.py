@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench_world import SPEC, make_split
-from benchmarks import datasets, demo_table, figures, matrix, peer_figures, peer_tables, records, shift, tables, targets
+from benchmarks import datasets, demo_table, figures, matrix, peer_tables, records, shift, tables, targets
 from benchmarks.cache import read_entry, write_entry
 from benchmarks.evaluation import evaluate_cell
 from benchmarks.metrics import measure_detection
@@ -78,35 +78,6 @@ def test_a_cell_is_trained_once_evaluated_and_recorded(bench):
     records.write_detection(second)
     assert records.read_rows(records.DETECTION) == [stored] and records.read_rows(records.VARIANTS) == [second]
     assert "Shapes, BadNets, trained again |" in tables.render_page([stored], [second], [])
-
-
-def test_where_the_guard_calibrates_by_folds_so_do_the_peers(bench, monkeypatch):
-    fitted: list[int] = []
-
-    class Brightness:
-        """Scores by what it was fitted on, so that each fold can be told from the others."""
-
-        name, title, cheap = "brightness", "Brightness", True
-
-        def fit(self, model, clean, labels):
-            assert len(labels) == len(clean.images)
-            self.seen = {image.tobytes() for image in clean.images}
-            fitted.append(len(labels))
-
-        def score(self, model, inspected):
-            return np.array([float(image.tobytes() not in self.seen) for image in inspected.images])
-
-    monkeypatch.setattr(peer_figures, "make_peer", lambda name: Brightness())
-    monkeypatch.setitem(peer_figures.REVISIONS, "brightness", 0)
-    row = evaluate_cell(targets.make_cell("mnist", "badnets"), clean_per_class=20, peers=["brightness"])
-    assert row["n_clean_fit"] == row["n_clean_calibration"] == 80
-    assert fitted == [72] * 10 + [80], "ten fits without a tenth, and one of all"
-    # Every calibration score is 1, of an image that its fit has not seen, as that of an evaluation image is.
-    assert row["peers"]["brightness"]["fpr_at_5"] == 0.0 and row["peers"]["brightness"]["auroc"] == 0.5
-    fitted.clear()
-    monkeypatch.setattr(Brightness, "cheap", False)
-    row = evaluate_cell(targets.make_cell("mnist", "badnets"), clean_per_class=20, peers=["brightness"])
-    assert fitted == [48], "three fifths, once, where a fit is expensive"
 
 
 @pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:-1] + b"?"), Path.unlink])

@@ -45,7 +45,6 @@ def test_two_fifths_calibrate_or_more_where_alpha_needs_more_or_all_by_folds(ima
         (3096, 328, 0.01, 3096),  # few groups: all, by folds
         (3096, FEW_GROUPS - 1, 0.01, 3096),
         (3096, FEW_GROUPS, 0.01, round(0.4 * 3096)),
-        (3096, FEW_GROUPS, 0.0035, 3096),  # more than three fifths of the groups
         (350, 350, 0.01, 140),  # single images are no groups
     ],
 )

@@ -65,13 +65,16 @@ def test_few_images_calibrate_by_folds_that_split_no_scene(
     assert np.median(known.scorer.calibration) > np.median(alone.scorer.calibration)
 
 
-def test_many_scenes_are_split_whole(small_target: Path, tmp_path: Path) -> None:
+def test_many_scenes_are_split_whole_unless_alpha_needs_more(small_target: Path, tmp_path: Path) -> None:
     scenes = np.repeat(shapes.draw_shapes(FEW_GROUPS, seed=3)[0], 2, axis=0)
     scenes[1::2, 0, 0, 0] ^= 1  # no repeat, which would be left out
-    guard = fit(small_target, scenes, tmp_path / "g", np.repeat(np.arange(FEW_GROUPS), 2))
+    groups = np.repeat(np.arange(FEW_GROUPS), 2)
+    guard = fit(small_target, scenes, tmp_path / "g", groups)
     clean = guard.manifest.clean
     assert not guard.manifest.crossed and clean.fitted + clean.calibrated == 2 * FEW_GROUPS
     assert clean.calibrated_groups == clean.calibrated / 2 == 0.4 * FEW_GROUPS
+    guard = fit(small_target, scenes, tmp_path / "g", groups, alpha=0.005)  # 199 groups; two fifths are 160
+    assert guard.manifest.crossed and guard.manifest.clean.calibrated_groups == FEW_GROUPS
 
 
 def test_groups_of_single_images_change_nothing_but_what_is_told(
